@@ -1,0 +1,195 @@
+"""The vision transformer, as CLIP has it: class token, a LayerNorm before the first block, quick GELU.
+
+Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929), section 3.1; Radford et al. 2021 (CLIP, arXiv 2103.00020),
+section 2.4. LLaVA (Liu et al. 2023, arXiv 2304.08485, section 4.1) reads the last layer but one of this tower.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlm_course.patches import PatchEmbedding, interpolate_positions
+from vlm_course.validation import require_divisible, require_shape
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's approximation of GELU, x * sigmoid(1.702 x). It is close to GELU, not equal: up to 0.02 apart."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of a vision transformer. `image_size` is one number for a square or (height, width), in pixels."""
+
+    image_size: int | tuple[int, int]
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    channels: int = 3
+    activation: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    pre_norm: bool = True
+
+    def __post_init__(self) -> None:
+        for size, side in zip(self.image_hw, ("height", "width"), strict=True):
+            require_divisible(size, self.patch_size, f"the image's {side}", "patch_size")
+        require_divisible(self.width, self.heads, "width", "heads")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with biases and one fused projection. forward: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, *, is_causal: bool = False) -> torch.Tensor:
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # [B, T, D] -> [B, T, 3, H, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, T, 3, H, d] -> 3 x [B, H, T, d]
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)  # -> [B, H, T, d]
+        return self.out(x.transpose(1, 2).reshape(B, T, D))  # [B, H, T, d] -> [B, T, D]
+
+
+class MLP(nn.Module):
+    """Two linear maps with an activation between. forward: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, mlp_width: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(x)))  # [B, T, D] -> [B, T, mlp_width] -> [B, T, D]
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block, shared by the vision and the text tower. forward: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, *, width: int, heads: int, mlp_width: int, activation: str, norm_eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attention = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = MLP(width, mlp_width, activation)
+
+    def forward(self, x: torch.Tensor, *, is_causal: bool = False) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x), is_causal=is_causal)  # [B, T, D]
+        return x + self.mlp(self.norm2(x))  # [B, T, D]
+
+
+@torch.no_grad()
+def init_transformer(blocks: nn.ModuleList) -> None:
+    """Weights N(0, 0.02), biases zero; the maps that end a residual branch are scaled by 1/sqrt(2 * layers).
+
+    Source of the scaling: Radford et al. 2019 (GPT-2), section 2.3. It keeps the residual stream's variance near
+    one at initialisation, whatever the depth.
+    """
+    for block in blocks:
+        for linear in (block.attention.qkv, block.attention.out, block.mlp.fc1, block.mlp.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        for linear in (block.attention.out, block.mlp.fc2):
+            linear.weight.mul_((2 * len(blocks)) ** -0.5)
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's vision tower. forward: pixels [B, C, H, W] -> [B, 1+N, D], CLS first, before the final LayerNorm.
+
+    The positions belong to the configured image size; for another size ask for `interpolate=True`, which stretches
+    them (bicubic) to the new grid. Raises ValueError for any other mismatch of the pixels with the config.
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = PatchEmbedding(
+            channels=config.channels, patch_size=config.patch_size, width=config.width
+        )
+        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1 + config.n_patches, config.width) * 0.02)
+        self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                width=config.width,
+                heads=config.heads,
+                mlp_width=config.mlp_width,
+                activation=config.activation,
+                norm_eps=config.norm_eps,
+            )
+            for _ in range(config.layers)
+        )
+        self.post_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        init_transformer(self.blocks)
+
+    def embed(self, pixels: torch.Tensor, *, interpolate: bool = False) -> torch.Tensor:
+        """pixels [B, C, H, W] -> [B, 1+N, D]: what enters block 1."""
+        height, width = self.config.image_hw
+        sizes = {} if interpolate else {"H": height, "W": width}
+        hint = "resize the image, or pass interpolate=True to stretch the positions"
+        require_shape(pixels, "pixels", "B C H W", C=self.config.channels, **sizes, hint=hint)
+        grid = tuple(size // self.config.patch_size for size in pixels.shape[2:])
+        positions = self.positions
+        if grid != self.config.grid:
+            positions = interpolate_positions(positions, self.config.grid, grid)  # [1+N, D] -> [1+N', D]
+        patches = self.patch_embedding(pixels)  # [B, C, H, W] -> [B, N, D]
+        cls = self.class_token.expand(len(patches), 1, -1)  # [D] -> [B, 1, D]
+        return self.pre_norm(torch.cat([cls, patches], dim=1) + positions)  # -> [B, 1+N, D]
+
+    def hidden_states(self, pixels: torch.Tensor, *, interpolate: bool = False) -> list[torch.Tensor]:
+        """layers+1 tensors [B, 1+N, D]: the input of block 1, then every block's output."""
+        states = [self.embed(pixels, interpolate=interpolate)]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states
+
+    def forward(self, pixels: torch.Tensor, *, interpolate: bool = False) -> torch.Tensor:
+        x = self.embed(pixels, interpolate=interpolate)
+        for block in self.blocks:
+            x = block(x)  # [B, 1+N, D] -> [B, 1+N, D]
+        return x
+
+    def pooled(self, pixels: torch.Tensor, *, interpolate: bool = False) -> torch.Tensor:
+        """pixels -> [B, D]: the normalised class token, what CLIP compares with a text."""
+        return self.post_norm(self(pixels, interpolate=interpolate)[:, 0])  # [B, 1+N, D] -> [B, D]
+
+    def patch_features(self, pixels: torch.Tensor, layer: int = -2, *, interpolate: bool = False) -> torch.Tensor:
+        """pixels -> [B, N, D]: the patches of hidden_states(pixels)[layer], without CLS and without a final norm.
+
+        Only the blocks up to that layer run. Raises ValueError when the tower has no such layer.
+        """
+        states = len(self.blocks) + 1
+        if not -states <= layer < states:
+            raise ValueError(f"layer is {layer}, but a tower of {states - 1} blocks has {states} hidden states")
+        x = self.embed(pixels, interpolate=interpolate)
+        for block in self.blocks[: layer % states]:
+            x = block(x)  # [B, 1+N, D] -> [B, 1+N, D]
+        return x[:, 1:]  # [B, 1+N, D] -> [B, N, D]
