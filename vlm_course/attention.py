@@ -1,0 +1,109 @@
+"""Attention and every mask of the course. Masks are boolean, True = may attend, and are built only here."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm_course.validation import checks
+
+
+def causal_mask(length: int, *, offset: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """Each query sees its own position and all earlier ones.
+
+    `offset` is the number of keys that lie before the first query, as in a KV cache: the last query always sees the
+    last key (bottom-right alignment). Returns [length, offset + length].
+    """
+    if length < 0 or offset < 0:
+        raise ValueError(f"length is {length} and offset is {offset}; both count tokens, so neither can be negative")
+    queries = torch.arange(offset, offset + length, device=device)
+    keys = torch.arange(offset + length, device=device)
+    return keys[None, :] <= queries[:, None]  # [length, offset + length]
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """Hides padded keys: [B, S] with 1 or True for real tokens -> [B, 1, 1, S]. It hides no future: AND it with
+    `causal_mask`, never put it in its place."""
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, keys]")
+    return attention_mask.bool()[:, None, None, :]  # [B, S] -> [B, 1, 1, S]
+
+
+def prefix_mask(lengths: Tensor, length: int) -> Tensor:
+    """Causal, but the first `lengths[b]` tokens (an image and its question, as in PaliGemma) see each other fully.
+
+    lengths [B] counts prefix tokens -> [B, 1, length, length]. Source: T5 (Raffel et al. 2020), section 3.2.1.
+    """
+    if lengths.dim() != 1:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected [batch]: one prefix length per row")
+    in_prefix = torch.arange(length, device=lengths.device) < lengths[:, None]  # [B, T]
+    return causal_mask(length, device=lengths.device) | in_prefix[:, None, None, :]  # [B, 1, T, T]
+
+
+def block_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
+    """Several documents packed in one row: a token sees only tokens with its own document number.
+
+    documents [B, T] integers, a negative number marks padding (which sees nothing and is not seen)
+    -> [B, 1, T, T]. Source: NaViT (Dehghani et al. 2023), section 2.2, with `causal=False` for image patches.
+    """
+    if documents.dim() != 2:
+        raise ValueError(f"documents has shape {tuple(documents.shape)}, expected [batch, tokens]")
+    same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]  # [B, T, T]
+    if causal:
+        same = same & causal_mask(documents.shape[1], device=documents.device)
+    return same[:, None]  # [B, T, T] -> [B, 1, T, T]
+
+
+def media_attention_mask(media: Tensor, tokens_per_image: int) -> Tensor:
+    """Which visual tokens a text token may read: [B, T, n_images] from `fusion.media_mask` ->
+    [B, 1, T, n_images * tokens_per_image]."""
+    if media.dim() != 3:
+        raise ValueError(f"media has shape {tuple(media.shape)}, expected [batch, tokens, images]")
+    return media.bool().repeat_interleave(tokens_per_image, dim=-1)[:, None]
+
+
+def _attend_rule(q, k, v, *, mask=None, is_causal=False):
+    if q.dim() != 4 or k.dim() != 4 or k.shape[:-1] != v.shape[:-1]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"attend needs [batch, heads, tokens, head_dim] with as many keys as values, got {shapes}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"queries have head_dim {q.shape[-1]}, keys {k.shape[-1]}: were heads and head_dim swapped?")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: not a multiple")
+    if is_causal and q.shape[-2] > k.shape[-2]:
+        raise ValueError(f"{q.shape[-2]} queries but only {k.shape[-2]} keys: causal needs a key for every query")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {mask.dtype}, expected torch.bool: a number would be added to the scores")
+    for have, need, what in ((mask.shape[-1], k.shape[-2], "keys"), (mask.shape[-2], q.shape[-2], "queries")):
+        if have not in (1, need):
+            raise ValueError(f"the mask has {have} {what} but there are {need}: does it leave out the cached tokens?")
+
+
+@checks(_attend_rule)
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Scaled dot-product attention; the one place that calls torch's fused kernel.
+
+    q [B, H, T, d], k and v [B, H_kv, S, d], where H_kv divides H (grouped queries) -> [B, H, T, d]. `mask` is boolean
+    and broadcasts to [B, H, T, S]. `is_causal` lines up the last query with the last key, also when a cache makes
+    S > T (torch's own flag lines up the first ones), and combines with `mask` (torch refuses both).
+    A query that may attend to nothing gets zeros. Source: Vaswani et al. 2017, section 3.2.1.
+    """
+    if is_causal and (mask is not None or q.shape[-2] != k.shape[-2]):
+        causal = causal_mask(q.shape[-2], offset=k.shape[-2] - q.shape[-2], device=q.device)
+        mask, is_causal = causal if mask is None else causal & mask, False
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+
+
+def attention_weights(q: Tensor, k: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The softmax that `attend` never shows: q [B, H, T, d], k [B, H, S, d] -> rows that sum to one, [B, H, T, S].
+
+    `attention_weights(q, k) @ v` equals `attend(q, k, v)`. A fully masked row is all zeros, as in `attend`.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, d] -> [B, H, T, S]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1).nan_to_num(0.0)
