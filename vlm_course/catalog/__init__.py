@@ -1,0 +1,1 @@
+"""The real models that the course names, as data with sources."""
