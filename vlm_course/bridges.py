@@ -5,12 +5,14 @@
 """
 
 from collections.abc import Callable
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlm_course.validation import checks, require_shape
+from vlm_course.attention import attend
+from vlm_course.validation import checks, require_divisible, require_shape, require_square
 
 
 def _width(expected: Callable[[nn.Module], int]) -> Callable[..., None]:
@@ -81,7 +83,7 @@ class PerceiverLayer(nn.Module):
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, H*d] -> [B, H, T, d]
             for x in (self.to_q(queries), self.to_k(context), self.to_v(context))
         )
-        read = F.scaled_dot_product_attention(q, k, v)  # [B, H, M, d] x [B, H, N+M, d] -> [B, H, M, d]
+        read = attend(q, k, v)  # [B, H, M, d] x [B, H, N+M, d] -> [B, H, M, d]
         latents = latents + self.to_out(read.transpose(1, 2).flatten(2))  # [B, H, M, d] -> [B, M, D]
         return latents + self.feed_forward(latents)  # [B, M, D]
 
@@ -118,3 +120,132 @@ class PerceiverResampler(nn.Module):
         for layer in self.layers:
             latents = layer(features, latents)  # [B, N, D], [B, M, D] -> [B, M, D]
         return self.norm(latents)  # [B, M, D]
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a feature map. forward: [B, C, H, W] -> [B, C, H, W]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, C, H, W] -> [B, H, W, C] -> back
+
+
+class SqueezeExcite(nn.Module):
+    """Scale every channel by a gate in (0, 1), computed from all channels' means. forward: [B, C, H, W] -> same.
+
+    Source: Hu et al. 2018 (arXiv 1709.01507), section 3.
+    """
+
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, squeezed, 1)
+        self.excite = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.excite(F.silu(self.squeeze(x.mean(dim=(2, 3), keepdim=True))))  # [B, C, H, W] -> [B, C, 1, 1]
+        return x * gate.sigmoid()  # [B, C, H, W]
+
+
+class RegBlock(nn.Module):
+    """RegNet's bottleneck block with LayerNorm and SiLU. forward: [B, C_in, H, W] -> [B, C_out, H, W].
+
+    1x1 convolution, 3x3 depthwise convolution, squeeze-and-excite, 1x1 convolution, plus a shortcut.
+    Source: Radosavovic et al. 2020 (RegNet, arXiv 2003.13678), figure 4, as Honeybee uses it.
+    """
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.norm1 = LayerNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm2 = LayerNorm2d(channels)
+        self.squeeze_excite = SqueezeExcite(channels, max(1, round(in_channels / 4)))
+        self.conv3 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm3 = LayerNorm2d(channels)
+        self.shortcut = nn.Identity()
+        if in_channels != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), LayerNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.silu(self.norm1(self.conv1(x)))  # [B, C_in, H, W] -> [B, C, H, W]
+        y = F.silu(self.norm2(self.conv2(y)))  # each pixel looks at its 3x3 neighbourhood, channel by channel
+        y = self.norm3(self.conv3(self.squeeze_excite(y)))  # [B, C, H, W]
+        return F.silu(y + self.shortcut(x))
+
+
+def _check_grid(self: "CAbstractor", features: torch.Tensor) -> None:
+    rows, cols = self.grid
+    hint = f"the bridge was built for a grid of {rows} x {cols} patches of its tower: was CLS left in, or N changed?"
+    require_shape(features, "features", "B N D", N=rows * cols, D=self.vision_dim, hint=hint)
+
+
+@checks(_check_grid)
+class CAbstractor(nn.Module):
+    """Convolutions around an average pool: locality kept, any number of tokens. forward: [B, N, D] -> [B, M, D_llm].
+
+    `grid` is (rows, columns) of the patches, one number for a square; `queries` = M must be a square number.
+    `positions=True` adds a learned position to every patch first. Raises ValueError for another grid or width.
+    Source: Cha et al. 2024 (Honeybee, arXiv 2312.06742), section 3.3.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_dim: int,
+        llm_dim: int,
+        queries: int,
+        hidden: int = 1024,
+        depth: int = 3,
+        mlp_depth: int = 2,
+        grid: int | tuple[int, int],
+        positions: bool = False,
+    ):
+        super().__init__()
+        self.vision_dim = vision_dim
+        self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        side = require_square(queries, "queries", hint="the tokens are pooled on a square grid")
+        cells = self.grid[0] * self.grid[1]
+        self.positions = nn.Parameter(torch.randn(cells, vision_dim) * 0.02) if positions else None
+        self.before = nn.Sequential(*(RegBlock(hidden if i else vision_dim, hidden) for i in range(depth)))
+        self.pool = nn.AdaptiveAvgPool2d(side)
+        self.after = nn.Sequential(*(RegBlock(hidden, hidden) for _ in range(depth)))
+        layers = [nn.Linear(hidden, llm_dim)]
+        for _ in range(mlp_depth - 1):
+            layers += [nn.SiLU(), nn.Linear(llm_dim, llm_dim)]
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.positions is not None:
+            features = features + self.positions  # [B, N, D] + [N, D]
+        x = features.transpose(1, 2).unflatten(2, self.grid)  # [B, N, D] -> [B, D, rows, cols]
+        x = self.after(self.pool(self.before(x)))  # [B, D, rows, cols] -> [B, hidden, sqrt(M), sqrt(M)]
+        return self.mlp(x.flatten(2).transpose(1, 2))  # [B, hidden, sqrt(M), sqrt(M)] -> [B, M, D_llm]
+
+
+def _check_shuffle(x: torch.Tensor, factor: int = 2, *, grid: tuple[int, int] | None = None) -> None:
+    require_shape(x, "x", "B N D", floating=None)
+    N = x.shape[1]
+    if grid is None:
+        side = require_square(N, "N", hint="was CLS left in? For another shape pass grid=(rows, columns)")
+        grid = (side, side)
+    elif grid[0] * grid[1] != N:
+        cells = grid[0] * grid[1]
+        raise ValueError(f"x has N = {N} patches, but the grid {tuple(grid)} has {cells} cells; was CLS left in?")
+    for size, name in zip(grid, ("rows", "columns"), strict=True):
+        require_divisible(size, factor, f"the grid's number of {name}", "factor", hint="pad the image first")
+
+
+@checks(_check_shuffle)
+def pixel_shuffle(x: torch.Tensor, factor: int = 2, *, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    """Put each square of factor x factor patches side by side in one wider token: no value is lost.
+
+    Args: x [B, N, D]; grid (rows, columns), by default the square of N. Returns [B, N / factor**2, factor**2 * D],
+    in the order (row in square, column in square, channel). Raises ValueError when the factor does not divide the grid.
+    Source: Shi et al. 2016 (arXiv 1609.05158), section 3.2, in reverse; Chen et al. 2024 (InternVL 1.5,
+    arXiv 2404.16821), section 3.1.
+    """
+    B, N, D = x.shape
+    rows, cols = grid or (isqrt(N), isqrt(N))
+    f = factor
+    x = x.reshape(B, rows // f, f, cols // f, f, D)  # [B, N, D] -> [B, rows/f, f, cols/f, f, D]
+    x = x.transpose(2, 3)  # [B, rows/f, f, cols/f, f, D] -> [B, rows/f, cols/f, f, f, D]
+    return x.reshape(B, N // f**2, f**2 * D)  # [B, rows/f, cols/f, f, f, D] -> [B, N/f**2, f**2*D]

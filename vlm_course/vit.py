@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlm_course.attention import attend
 from vlm_course.patches import PatchEmbedding, interpolate_positions
 from vlm_course.validation import require_divisible, require_shape
 
@@ -74,7 +75,7 @@ class SelfAttention(nn.Module):
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)  # [B, T, D] -> [B, T, 3, H, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, T, 3, H, d] -> 3 x [B, H, T, d]
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)  # -> [B, H, T, d]
+        x = attend(q, k, v, is_causal=is_causal)  # -> [B, H, T, d]
         return self.out(x.transpose(1, 2).reshape(B, T, D))  # [B, H, T, d] -> [B, T, D]
 
 

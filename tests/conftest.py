@@ -1,0 +1,33 @@
+"""Shared by all tests: no network, one thread (the suite runs its files side by side), the same examples every run."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("course", deadline=None, max_examples=30, derandomize=True, database=None)
+settings.load_profile("course")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def redraw():
+    """Draw every parameter anew from N(0, std), LayerNorms too: defaults hide wrong norms and activations."""
+
+    def redraw(module: torch.nn.Module, std: float = 0.2, seed: int = 0) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        return module.eval()
+
+    return redraw
