@@ -2,9 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vlm_course.attention import attend, media_attention_mask
+from vlm_course.validation import checks, require_shape
 
 
 def _cause(placeholders: int, features: int) -> str:
@@ -71,3 +75,88 @@ def expand_image_placeholder(ids: list[int], image_id: int, count: int) -> list[
     if count < 1:
         raise ValueError(f"count is {count}, but an image takes at least one placeholder")
     return [token for token in ids for _ in range(count if token == image_id else 1)]
+
+
+def _media_mask_rule(ids, image_id, n_images):
+    require_shape(ids, "ids", "B T", floating=False)
+    if not (ids.is_meta or torch.compiler.is_compiling()):
+        most = int((ids == image_id).sum(dim=1).max())
+        if most > n_images:
+            raise ValueError(f"a row has {most} image tokens but n_images is {n_images}: was <image> expanded already?")
+
+
+@checks(_media_mask_rule)
+def media_mask(ids: Tensor, image_id: int, n_images: int) -> Tensor:
+    """Which image each token reads: the last one before it (an <image> reads itself), none before the first.
+
+    ids [B, T] with one unexpanded <image> per image -> boolean [B, T, n_images].
+    Source: Flamingo (Alayrac et al. 2022), section 2.3 and figure 7.
+    """
+    seen = (ids == image_id).cumsum(dim=1)  # [B, T], images so far, this token included
+    numbers = torch.arange(1, n_images + 1, device=ids.device)  # [n_images]
+    return seen[:, :, None] == numbers  # [B, T] -> [B, T, n_images]
+
+
+def packed_media_mask(ids: Tensor, image_id: int, n_images: int, eos_id: int) -> Tensor:
+    """`media_mask` for rows that hold several documents: behind <eos> no image is seen until the next <image>.
+
+    ids [B, T] -> boolean [B, T, n_images]. Source: Idefics (Laurencon et al. 2023), the masks of packed sequences.
+    """
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)  # [T]
+    last_image = torch.where(ids == image_id, place, 0).cummax(dim=1).values  # [B, T], 0 before the first
+    last_eos = torch.where(ids == eos_id, place, 0).cummax(dim=1).values
+    before = last_eos.roll(1, dims=1).index_fill(1, torch.zeros(1, dtype=torch.long, device=ids.device), 0)
+    return media_mask(ids, image_id, n_images) & (last_image > before)[:, :, None]
+
+
+def _cross_attention_rule(self, text, media, mask):
+    hint = "was the block built for other towers?"
+    require_shape(text, "text", "B T D", D=self.to_q.in_features, hint=hint)
+    require_shape(media, "media", "B I M D", B=text.shape[0], D=self.to_k.in_features, hint=hint)
+    require_shape(mask, "mask", "B T I", B=text.shape[0], T=text.shape[1], I=media.shape[1], floating=None)
+
+
+@checks(_cross_attention_rule)
+class GatedCrossAttention(nn.Module):
+    """Text reads images through cross-attention; both sub-layers pass a tanh gate that starts at zero, so a new block
+    changes nothing until it is trained.
+
+    forward: text [B, T, D], media [B, n_images, M, D_media], mask [B, T, n_images] from `media_mask` -> [B, T, D].
+    `norm` is called with a width. `feed_forward` holds its own norm; by default it is Flamingo's, LayerNorm and a
+    GELU MLP of four times the width; Idefics has RMSNorm and SwiGLU.
+    Source: Flamingo (Alayrac et al. 2022), section 2.2 and figure 4.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        media_dim: int,
+        heads: int = 8,
+        head_dim: int = 64,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        feed_forward: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm(dim)
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_k = nn.Linear(media_dim, heads * head_dim, bias=False)
+        self.to_v = nn.Linear(media_dim, heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.feed_forward = feed_forward or nn.Sequential(
+            norm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
+        )
+        self.feed_forward_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, text: Tensor, media: Tensor, mask: Tensor) -> Tensor:
+        keys = media.flatten(1, 2)  # [B, I, M, D_media] -> [B, I * M, D_media]
+        q, k, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, H * d] -> [B, H, T, d]
+            for x in (self.to_q(self.norm(text)), self.to_k(keys), self.to_v(keys))
+        )
+        read = attend(q, k, v, mask=media_attention_mask(mask, media.shape[2]))  # [B, H, T, d], zeros before any image
+        read = self.to_out(read.transpose(1, 2).flatten(2))  # [B, H, T, d] -> [B, T, D]
+        text = text + self.attention_gate.tanh() * read
+        return text + self.feed_forward_gate.tanh() * self.feed_forward(text)
