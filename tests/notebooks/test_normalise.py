@@ -1,0 +1,57 @@
+"""Outputs that depend on the process, the clock or chance become constant; all others stay."""
+
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from vlm_course.build.normalise import WIDGETS, normalise, output_problems
+from vlm_course.build.source import NOTEBOOK_METADATA
+
+
+def notebook(outputs, **metadata):
+    return new_notebook(cells=[new_code_cell("x", outputs=outputs, id="a")], metadata={**NOTEBOOK_METADATA, **metadata})
+
+
+def printed(text):
+    return normalise(notebook([new_output("stream", name="stdout", text=text)]), "00_x").cells[0].outputs[0].text
+
+
+def test_addresses_go_and_other_hexadecimal_numbers_stay():
+    assert printed("<function f at 0x7f12ab34cd56>") == "<function f at 0x0>"
+    assert printed("0xff 0x1F, mask 640x480") == "0xff 0x1F, mask 640x480"
+
+
+def test_svg_ids_are_numbered_and_references_follow():
+    def drawn(ident):
+        svg = f'<svg><path id="{ident}"/><use href="#{ident}"/><dc:date>{ident}</dc:date><g id="axes_1"/></svg>'
+        out = new_output("display_data", data={"image/svg+xml": svg})
+        return normalise(notebook([out]), "00_x").cells[0].outputs[0].data["image/svg+xml"]
+
+    assert drawn("mab12cd34ef") == drawn("m0123456789")
+    assert drawn("mab12cd34ef").count("m0000000000") == 2 and 'id="axes_1"' in drawn("mab12cd34ef")
+
+
+def test_widget_models_are_renamed_wherever_they_are_mentioned():
+    def built(first, second):
+        view = new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {"model_id": second}})
+        models = {
+            first: {"state": {"value": 3}},
+            second: {"state": {"children": [f"IPY_MODEL_{first}"], "msg_id": first}},
+        }
+        return normalise(notebook([view], widgets={WIDGETS: {"state": models}}), "00_x")
+
+    a, b = built("1" * 32, "2" * 32), built("e" * 32, "f" * 32)
+    assert a == b
+    state = a.metadata.widgets[WIDGETS]["state"]
+    slider, box = state
+    assert state[box].state.children == [f"IPY_MODEL_{slider}"]
+    assert a.cells[0].outputs[0].data["application/vnd.jupyter.widget-view+json"].model_id == box
+
+
+def test_what_a_solved_notebook_must_not_show(tmp_path):
+    outputs = [
+        new_output("stream", name="stderr", text="UserWarning: careful"),
+        new_output("execute_result", data={"text/plain": f"PosixPath('{tmp_path}/weights')"}),
+    ]
+    problems = output_problems(notebook(outputs), "00_x", tmp_path)
+    assert any("writes to stderr: UserWarning" in problem for problem in problems)
+    assert any(f"prints the path {tmp_path} of this machine" in problem for problem in problems)
+    assert output_problems(notebook([new_output("stream", name="stdout", text="fine")]), "00_x", tmp_path) == []

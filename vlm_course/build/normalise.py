@@ -1,0 +1,83 @@
+"""Make the outputs of a notebook the same bytes on every run: no addresses, dates, random ids."""
+
+import copy
+import hashlib
+import json
+import re
+import tempfile
+from pathlib import Path
+
+from vlm_course.build.errors import cell_name
+from vlm_course.build.execute import error_of
+
+WIDGETS = "application/vnd.jupyter.widget-state+json"
+ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b(?=>| |,|\)|$)", re.MULTILINE)
+UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
+KERNEL_FILE = re.compile(r"/tmp/ipykernel_\d+/\d+\.py")
+SVG_ID = re.compile(r'(?<=\bid=")[A-Za-z]+[0-9a-f]{10}(?=")')
+SVG_DATE = re.compile(r"<dc:date>[^<]*</dc:date>")
+
+
+def normalise(notebook, slug: str):
+    """A copy of an executed notebook in which nothing depends on the run, the process or the clock."""
+    notebook = copy.deepcopy(notebook)
+    notebook.metadata["language_info"].pop("version", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            output.pop("transient", None)
+            if output.output_type == "stream":
+                output.text = _text(output.text)
+            for kind, value in output.get("data", {}).items():
+                if isinstance(value, str) and not kind.startswith("image/png"):
+                    output.data[kind] = _svg(_text(value)) if "<svg" in value else _text(value)
+    return _rename_ids(notebook, slug)
+
+
+def output_problems(notebook, slug: str, root: Path) -> list[str]:
+    """What a solved notebook must not show: errors, stderr (nbgrader gives 0 for it), paths of this machine."""
+    places = {str(root), str(Path.home()), tempfile.gettempdir()} - {"/"}
+    problems = []
+    for position, cell in enumerate(notebook.cells, start=1):
+        name, error = f"{slug}, {cell_name(cell, position)}", error_of(cell)
+        if error is not None:
+            problems.append(f"{name}: the solved notebook stops with {error.ename}: {error.evalue}")
+            continue
+        for output in cell.get("outputs", []):
+            text = output.get("text", "") + "".join(v for v in output.get("data", {}).values() if isinstance(v, str))
+            if output.get("name") == "stderr":
+                problems.append(f"{name}: writes to stderr: {output.text.strip()[:300]}")
+            problems += [
+                f"{name}: prints the path {place} of this machine" for place in sorted(places) if f"{place}/" in text
+            ]
+    return problems
+
+
+def _text(text: str) -> str:
+    return ADDRESS.sub("0x0", KERNEL_FILE.sub("<cell>", text))
+
+
+def _svg(text: str) -> str:
+    """Matplotlib draws its ids at random; number them in the order of their first use."""
+    text = SVG_DATE.sub("<dc:date></dc:date>", text)
+    for number, old in enumerate(dict.fromkeys(SVG_ID.findall(text))):
+        text = re.sub(rf"\b{old}\b", f"{old[:-10]}{number:010d}", text)
+    return text
+
+
+def _rename_ids(notebook, slug: str):
+    """Give widget models, which refer to each other, and UUIDs in outputs new names in the order of their first use."""
+    import nbformat
+
+    state = notebook.metadata.get("widgets", {}).get(WIDGETS, {}).get("state", {})
+    for model in state.values():
+        if "msg_id" in model.get("state", {}):
+            model["state"]["msg_id"] = ""
+    text = json.dumps(notebook)
+    outputs = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    for number, old in enumerate(dict.fromkeys([*state, *UUID.findall(outputs)])):
+        new = hashlib.sha256(f"{slug} {number}".encode()).hexdigest()[:32]
+        if "-" in old:
+            new = "-".join((new[:8], new[8:12], new[12:16], new[16:20], new[20:]))
+        text = text.replace(old, new)
+    return nbformat.from_dict(json.loads(text))
