@@ -59,8 +59,6 @@ def _encode_text(tokenizer, text: str) -> list[int]:
 def vicuna_prompt(
     turns: Turns, *, image: bool = True, system: str = VICUNA_SYSTEM
 ) -> tuple[str, list[tuple[int, int]]]:
-    turns: Turns, *, image: bool = True, system: str = VICUNA_SYSTEM
-) -> tuple[str, list[tuple[int, int]]]:
     """LLaVA-1.5's template -> (text, character spans of the responses, each with its </s>).
 
     The image stands inside the first question, "USER: <image>\\n...", behind the system text; so the first visual

@@ -22,7 +22,13 @@ DIM, MEDIA_DIM, HEADS, M = 32, 24, 4, 5
 
 @pytest.fixture
 def layers():
-    vision = dict(embed_dim=MEDIA_DIM, image_size=32, patch_size=8, num_attention_heads=4, num_hidden_layers=1)
+    vision = {
+        "embed_dim": MEDIA_DIM,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+    }
     config = IdeficsConfig(
         vocab_size=100,
         hidden_size=DIM,

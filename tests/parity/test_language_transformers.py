@@ -31,8 +31,14 @@ def redraw(module, std=0.2, seed=0):
 
 
 def llama_config(**changes):
-    sizes = dict(vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-    sizes |= dict(num_key_value_heads=2, max_position_embeddings=128, rope_theta=500.0, rms_norm_eps=1e-3)
+    sizes = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 500.0, "rms_norm_eps": 1e-3}
     return LlamaConfig(**(sizes | changes), eos_token_id=None, bos_token_id=None, pad_token_id=None)
 
 

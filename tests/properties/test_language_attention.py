@@ -55,18 +55,18 @@ def test_a_fully_masked_query_gets_zeros():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: dict(mask=torch.ones(5, 5)), "mask is torch.float32, expected torch.bool"),
-        (lambda q, k, v: dict(mask=causal_mask(4)), "4 keys but there are 5"),
-        (lambda q, k, v: dict(mask=causal_mask(3, offset=2)), "3 queries but there are 5"),
-        (lambda q, k, v: dict(k=k[:, :3], v=v[:, :3]), "4 query heads cannot share 3 key heads"),
-        (lambda q, k, v: dict(v=v[:, :, 1:]), "as many keys as values"),
-        (lambda q, k, v: dict(k=k[..., :4], v=v), "queries have head_dim 8, keys 4"),
-        (lambda q, k, v: dict(k=k[:, :, :2], v=v[:, :, :2], is_causal=True), "5 queries but only 2 keys"),
+        (lambda q, k, v: {"mask": torch.ones(5, 5)}, "mask is torch.float32, expected torch.bool"),
+        (lambda q, k, v: {"mask": causal_mask(4)}, "4 keys but there are 5"),
+        (lambda q, k, v: {"mask": causal_mask(3, offset=2)}, "3 queries but there are 5"),
+        (lambda q, k, v: {"k": k[:, :3], "v": v[:, :3]}, "4 query heads cannot share 3 key heads"),
+        (lambda q, k, v: {"v": v[:, :, 1:]}, "as many keys as values"),
+        (lambda q, k, v: {"k": k[..., :4], "v": v}, "queries have head_dim 8, keys 4"),
+        (lambda q, k, v: {"k": k[:, :, :2], "v": v[:, :, :2], "is_causal": True}, "5 queries but only 2 keys"),
     ],
 )
 def test_attend_names_what_does_not_fit(change, message):
     q, k, v = qkv()
-    arguments = dict(q=q, k=k, v=v) | change(q, k, v)
+    arguments = {"q": q, "k": k, "v": v} | change(q, k, v)
     with pytest.raises(ValueError, match=message):
         attend(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 

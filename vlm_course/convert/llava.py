@@ -96,7 +96,7 @@ def load_llava(folder: str | Path, *, dtype: torch.dtype = torch.float32, device
     state: State = {}
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as weights:
-            for name in weights.keys():  # noqa: SIM118, the handle is no mapping
+            for name in weights.keys():
                 state[name] = weights.get_tensor(name).to(dtype)
     config = llava_config(TheirConfig.from_pretrained(folder))
     with torch.device("meta"):
