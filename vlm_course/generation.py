@@ -31,6 +31,20 @@ def choose_token(
 
 
 @torch.no_grad()
+def greedy_generate(model, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> Tensor:
+    """`generate` at its simplest: the best token each time, no padding, no early end.
+
+    ids [B, T] with expanded placeholders, pixels [n_images, 3, H, W] -> the new ids [B, max_new_tokens].
+    """
+    cache, features, step, new = model.new_cache(), model.encode_images(pixels), ids, []
+    for _ in range(max_new_tokens):
+        logits = model(step, image_features=features, cache=cache, logits_to_keep=1)  # [B, T] -> [B, 1, V]
+        step, features = logits[:, -1].argmax(dim=-1, keepdim=True), None  # [B, 1]; the cache holds the image now
+        new.append(step)
+    return torch.cat(new, dim=1)  # max_new_tokens x [B, 1] -> [B, max_new_tokens]
+
+
+@torch.no_grad()
 def generate(
     model,
     ids: Tensor,
@@ -67,7 +81,8 @@ def generate(
         logits = model(
             step, image_features=image_features, attention_mask=attention_mask, cache=cache, logits_to_keep=1
         )
-        logits = logits[:, -1].index_fill(-1, torch.tensor(model.config.image_id, device=ids.device), -torch.inf)
+        logits = logits[:, -1]  # [B, 1, V] -> [B, V]
+        logits[:, model.config.image_id] = -torch.inf
         token = choose_token(logits, temperature=temperature, top_p=top_p, generator=generator)  # [B, V] -> [B]
         if eos_id is not None:
             token = torch.where(finished, eos_id, token)

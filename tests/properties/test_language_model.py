@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from vlm_course.attention import prefix_mask
 from vlm_course.chat import pad_rows
 from vlm_course.decoder import Decoder, DecoderConfig, KVCache, RMSNorm, rotary_phases
-from vlm_course.generation import choose_token, generate, top_p_filter
+from vlm_course.generation import choose_token, generate, greedy_generate, top_p_filter
 from vlm_course.llava import LLAVA_7B, LLAVA_13B, SMALL, Llava, LlavaConfig, small_config
 from vlm_course.loss import response_loss
+from vlm_course.tokenizer import WordTokenizer
 from vlm_course.vit import ViTConfig
 
 IMAGE, EOS, V, N = 3, 2, 64, 4
@@ -145,6 +146,11 @@ def test_cached_generation_equals_recomputed_token_for_token(model, lengths, tem
             assert torch.equal(answers[0][row, : alone.shape[1]], alone[0])
 
 
+def test_greedy_generate_is_generate_without_options(model):
+    ids, pixels = batch()
+    assert torch.equal(greedy_generate(model, ids, pixels, 10), generate(model, ids, pixels, max_new_tokens=10))
+
+
 def test_generation_encodes_the_image_once_and_leaves_no_trace(model, monkeypatch):
     ids, pixels = batch()
     calls = []
@@ -230,6 +236,8 @@ def test_sizes():
     assert parameters["7b"] == 7_063_427_072  # the number that the published model has
     assert round(parameters["13b"] / 1e9, 1) == 13.4
     assert (LLAVA_7B.visual_tokens, SMALL.visual_tokens) == (576, 144)
+    assert SMALL.text.vocab_size == WordTokenizer.small().vocab_size
+    assert SMALL.image_id == WordTokenizer.image_id
 
 
 def test_rotary_phases_stay_float32():
