@@ -45,7 +45,7 @@ def block_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
     """Several documents packed in one row: a token sees only tokens with its own document number.
 
     documents [B, T] integers, a negative number marks padding (which sees nothing and is not seen)
-    -> [B, 1, T, T]. Source: NaViT (Dehghani et al. 2023), section 2.2, with `causal=False` for image patches.
+    -> [B, 1, T, T]. Source: NaViT (Dehghani et al. 2023), section 2.1, with `causal=False` for image patches.
     """
     if documents.dim() != 2:
         raise ValueError(f"documents has shape {tuple(documents.shape)}, expected [batch, tokens]")

@@ -63,7 +63,7 @@ def vicuna_prompt(
 
     The image stands inside the first question, "USER: <image>\\n...", behind the system text; so the first visual
     token is not the first token. Turns follow each other without a space after </s>.
-    Source: LLaVA-1.5 (Liu et al. 2023), appendix A; the template is Vicuna's, version 1.1.
+    Source: LLaVA (Liu et al. 2023), section 4.2 and table 2, with the words and separators of Vicuna v1.1.
     """
     _check_turns(turns)
     text, spans = system, []

@@ -145,9 +145,10 @@ class GatedCrossAttention(nn.Module):
         self.to_v = nn.Linear(media_dim, heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
         self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.feed_forward = feed_forward or nn.Sequential(
-            norm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)
-        )
+        if feed_forward is None:
+            mlp = [nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)]
+            feed_forward = nn.Sequential(norm(dim), *mlp)
+        self.feed_forward = feed_forward
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, text: Tensor, media: Tensor, mask: Tensor) -> Tensor:

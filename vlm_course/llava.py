@@ -80,7 +80,9 @@ class Llava(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionTransformer(config.vision)
-        self.bridge = bridge or _BRIDGES[config.bridge](config.vision.width, config.text.width)
+        if bridge is None:
+            bridge = _BRIDGES[config.bridge](config.vision.width, config.text.width)
+        self.bridge = bridge
         self.decoder = Decoder(config.text)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
