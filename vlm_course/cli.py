@@ -1,7 +1,14 @@
 """The program `vlm-course`: thin commands, each of which imports its module only when it is called.
 
-Exit codes: 0 done, 1 a check failed, 2 the user's input cannot be used (one sentence, no traceback).
+Exit codes: 0 done, 1 a check found something, 2 the input cannot be used (one sentence, no traceback; set
+VLM_COURSE_TRACEBACK=1 to see where it came from).
 """
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -11,7 +18,53 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+train = typer.Typer(help="Train the models that the course ships, from nothing.", no_args_is_help=True)
+app.add_typer(train, name="train")
+
+
+class Traced(StrEnum):
+    """Models whose tensors `trace` can list."""
+
+    small = "small"
+    llava_7b = "llava-1.5-7b"
+    llava_13b = "llava-1.5-13b"
+
+
+class Suite(StrEnum):
+    """Sets of questions that `evaluate` knows."""
+
+    scenes = "scenes"
+    easy_vqa = "easy-vqa"
+
+
+@app.command()
+def lab(
+    browser: Annotated[
+        bool | None,
+        typer.Option("--browser/--no-browser", help="Open a browser.", show_default="where there is a display"),
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="First port to try.")] = None,
+) -> None:
+    """Copy the notebooks once into work/ and open them in JupyterLab; your changes are never overwritten."""
+    from vlm_course import lab as laboratory
+
+    root = laboratory.course_root()
+    for line in laboratory.describe(laboratory.copy_notebooks(root)):
+        typer.echo(line)
+    raise typer.Exit(laboratory.start(root, browser=browser, port=port))
+
+
+@app.command()
+def update() -> None:
+    """Bring newer notebooks into work/: in place of copies you never changed, beside the others."""
+    from vlm_course import lab as laboratory
+
+    report = laboratory.update_notebooks(laboratory.course_root())
+    for line in laboratory.describe(report) or ["Your notebooks are up to date."]:
+        typer.echo(line)
+    raise typer.Exit(1 if report.blocked else 0)
 
 
 @app.command()
@@ -22,5 +75,109 @@ def doctor() -> None:
     raise typer.Exit(examination.main())
 
 
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A PNG, JPEG or other picture.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="One question about it.", show_default=False)],
+    boxes: Annotated[Path | None, typer.Option(help="Draw what the answer points to into this PNG.")] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="List every tensor on the way from the image to the answer.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask the shipped model a question about an image."""
+    from vlm_course import ask as answering
+
+    raise typer.Exit(answering.main(image, question, boxes, trace, json))
+
+
+@app.command()
+def trace(
+    model: Annotated[Traced, typer.Argument(help="A model of the course; none is allocated, only its shapes.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List stage, name, shape, dtype and meaning of every tensor in a model."""
+    from vlm_course import llava
+    from vlm_course import trace as tracing
+
+    config = {Traced.small: llava.SMALL, Traced.llava_7b: llava.LLAVA_7B, Traced.llava_13b: llava.LLAVA_13B}[model]
+    rows = tracing.trace_config(config)
+    typer.echo(tracing.to_json(rows) if json else tracing.format_table(rows))
+
+
+@app.command()
+def check(
+    chapter: Annotated[str, typer.Argument(help="Number of a chapter, such as 02.", show_default=False)],
+    exercise: Annotated[str | None, typer.Option(help="Only this exercise.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A .py or .ipynb with the answers; else your copy in work/.")
+    ] = None,
+) -> None:
+    """Check your answers to a chapter's exercises."""
+    from vlm_course.grading import runner
+
+    report = runner.check_file(chapter, exercise, file)
+    typer.echo(str(report))
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def progress() -> None:
+    """Show what you have answered and how well your confidence matched."""
+    from vlm_course import progress as record
+
+    typer.echo(record.summary())
+
+
+@app.command()
+def build(
+    chapters: Annotated[
+        list[str] | None, typer.Argument(help="Numbers or slugs; all by default.", show_default=False)
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with the committed notebooks; execute nothing.")
+    ] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Renew the measured seconds and memory.")] = False,
+) -> None:
+    """Make the notebooks from solutions/*.py (for authors)."""
+    from vlm_course import build as building
+
+    raise typer.Exit(building.main(chapters or None, check=check, measure=measure))
+
+
+@train.command()
+def small(
+    stage: Annotated[str | None, typer.Option(help="Only this stage; all four, resumed, by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints and weights.", show_default="runs/small")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps.", show_default="the best here")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same tables within a point.")] = 0,
+) -> None:
+    """Train the shipped model again, in four stages that can each be resumed."""
+    from vlm_course import training
+
+    training.train_small(stage=stage, out=out, device=device, seed=seed)
+
+
+@app.command()
+def evaluate(
+    suite: Annotated[Suite, typer.Option(help="Which questions.")] = Suite.scenes,
+    json: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="How many images.", show_default="all")] = None,
+) -> None:
+    """Measure the shipped model beside its controls: no image, a swapped image, any object, the majority answer."""
+    from vlm_course import evaluation
+
+    raise typer.Exit(evaluation.main(suite=suite.value, json=json, n=n))
+
+
 def main() -> None:
-    app()
+    """Entry point: the errors that the course raises on purpose are shown as a sentence."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("VLM_COURSE_TRACEBACK"):
+            raise
+        print(f"vlm-course: {error}", file=sys.stderr)
+        sys.exit(2)
