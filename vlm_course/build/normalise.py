@@ -40,6 +40,8 @@ def output_problems(notebook, slug: str, root: Path) -> list[str]:
     problems = []
     for position, cell in enumerate(notebook.cells, start=1):
         name, error = f"{slug}, {cell_name(cell, position)}", error_of(cell)
+        if error is not None and problems and error.ename == "NameError":
+            continue  # most often what the first failure left undefined
         if error is not None:
             problems.append(f"{name}: the solved notebook stops with {error.ename}: {error.evalue}")
             continue

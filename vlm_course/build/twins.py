@@ -15,6 +15,7 @@ from vlm_course.build.errors import cell_name
 
 VALIDATION = "vlm_course.validation"
 MISSING = object()
+UNKNOWN = object()
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SCOPES = (*DEFINITIONS, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -31,9 +32,8 @@ def twin_problems(notebook, slug: str) -> list[str]:
 
 def _compare(source: str, twin: str, notebook) -> list[str]:
     module_name, _, name = twin.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError:
+    module = _module(module_name)
+    if module is MISSING:
         return [f"there is no module {module_name}"]
     theirs = _definition(ast.parse(_read(module)), name)
     ours = _definition(ast.parse(_python(source)), name)
@@ -50,7 +50,7 @@ def _compare(source: str, twin: str, notebook) -> list[str]:
         wanted = getattr(module, used, getattr(builtins, used, MISSING))
         found = bindings.get(used) or [getattr(builtins, used, MISSING)]
         if any(value is not wanted for value in found):
-            what = "is not defined" if found == [MISSING] else "means another object"
+            what = "is not defined" if MISSING in found else "means another object"
             problems.append(f"{used}, which {name} uses, {what} in the chapter; in {module_name} it is {wanted!r}")
     return problems
 
@@ -122,7 +122,8 @@ def _first_difference(ours: ast.AST, theirs: ast.AST) -> str:
 
 
 def _bindings(notebook) -> dict[str, list]:
-    """The objects that a chapter's cells bind to each global name; MISSING where only running would tell.
+    """The objects that a chapter's cells bind to each global name: UNKNOWN where only running would tell, MISSING where
+    an import fails.
 
     A twin, and `Name = part("Name", ...)`, count as the package's object: they are compared on their own.
     """
@@ -131,7 +132,7 @@ def _bindings(notebook) -> dict[str, list]:
     for cell in notebook.cells:
         for twin in cell.metadata.get("vlm_course", {}).get("twin", []):
             module, _, name = twin.rpartition(".")
-            twins[name] = getattr(importlib.import_module(module), name, MISSING)
+            twins[name] = getattr(_module(module), name, MISSING)
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -151,31 +152,33 @@ def _module_level(tree: ast.AST):
 
 def _bound(node: ast.AST, twins: dict) -> list[tuple[str, object]]:
     if isinstance(node, ast.Import):
-        return [
-            (alias.asname, importlib.import_module(alias.name)) if alias.asname else _root(alias.name)
-            for alias in node.names
+        # `import a.b` binds a, `import a.b as c` binds a.b.
+        names = [
+            (alias.asname, alias.name) if alias.asname else 2 * (alias.name.partition(".")[0],) for alias in node.names
         ]
+        return [(bound, _module(name)) for bound, name in names]
     if isinstance(node, ast.ImportFrom):
         return [(alias.asname or alias.name, _imported(node.module, alias.name)) for alias in node.names]
     if isinstance(node, DEFINITIONS):
-        return [(node.name, twins.get(node.name, MISSING))]
+        return [(node.name, twins.get(node.name, UNKNOWN))]
     if _is_part(node):
         name = node.targets[0].id
-        return [(name, twins.get(name, MISSING))]
+        return [(name, twins.get(name, UNKNOWN))]
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        return [(node.id, MISSING)]
+        return [(node.id, UNKNOWN)]
     return []
 
 
-def _root(dotted: str) -> tuple[str, ModuleType]:
-    importlib.import_module(dotted)
-    root = dotted.partition(".")[0]
-    return root, importlib.import_module(root)
+def _module(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return MISSING
 
 
 def _imported(module: str, name: str):
-    value = getattr(importlib.import_module(module), name, MISSING)
-    return importlib.import_module(f"{module}.{name}") if value is MISSING else value
+    value = getattr(_module(module), name, MISSING)
+    return _module(f"{module}.{name}") if value is MISSING else value
 
 
 def _is_part(node: ast.AST) -> bool:
