@@ -7,6 +7,7 @@ as they were: whatever the tokens told about the image they still tell. Only the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,24 +72,24 @@ class AlignmentExperiment:
         key = (float(degrees), planes)
         if key not in self.measured:
             tokens = self.turned(*key)
-            cosine = torch.cosine_similarity(tokens, self.tokens, dim=-1).mean().item()
+            cosine = torch.cosine_similarity(tokens, self.tokens, dim=-1).mean().round(decimals=4).item() + 0.0
             self.measured[key] = Alignment(*key, cosine, score(self.model, self.questions, tokens))
         return self.measured[key]
 
-    def another_image(self) -> Score:
+    @cached_property
+    def other_image(self) -> Score:
         """The control: every question answered from the next scene's tokens, as trained."""
         return score(self.model, self.questions, self.tokens.roll(1, dims=0))
 
-    def patch_colours(self) -> Tensor:
-        """Index into COLOURS for patches whose middle lies well inside an object, else -1: [B, N]."""
+    def patch_objects(self) -> Tensor:
+        """The slot of the object that a patch's middle lies well inside, -1 for all other patches: [B, N]."""
         config, scenes = self.model.config.vision, self.questions.scenes
         columns = config.grid[1]
         place = torch.arange(config.n_patches)
         middle = (torch.stack([place % columns, place // columns], -1) + 0.5) * config.patch_size  # [N, 2], (x, y)
         far = (middle[None, :, None] - scenes.centre[:, None]).norm(dim=-1)  # [B, N, K]
         inside = (far < 0.6 * scenes.radius[:, None]) & scenes.present[:, None]
-        colour = scenes.colour.gather(1, inside.long().argmax(-1))  # [B, N, K] -> [B, N]
-        return torch.where(inside.any(-1), colour, -1)
+        return torch.where(inside.any(-1), inside.long().argmax(-1), -1)  # [B, N, K] -> [B, N]
 
 
 def alignment_simulation(experiment: AlignmentExperiment, *, scene: int = 0, degrees: int = 0) -> Simulation:
@@ -103,7 +104,7 @@ def alignment_simulation(experiment: AlignmentExperiment, *, scene: int = 0, deg
         ),
         "planes": ipywidgets.Dropdown(options=choices, value=half, description="Turn in"),
     }
-    control = experiment.another_image()
+    control = experiment.other_image
 
     def draw(degrees: int, planes: int) -> Frame:
         return alignment_frame(experiment, experiment.measure(degrees, planes), control, scene)
@@ -146,8 +147,9 @@ def _truth(questions: QuestionSet, scene: int) -> str:
 
 def _draw_plane(ax, experiment: AlignmentExperiment, now: Alignment) -> None:
     """Tokens of patches inside objects, in their object's colour; hollow dots mark where training had put them."""
-    colours = experiment.patch_colours()
-    shown = colours >= 0
+    objects = experiment.patch_objects()
+    shown = objects >= 0
+    colours = experiment.questions.scenes.colour.gather(1, objects.clamp(min=0))  # [B, K] -> [B, N]
     plane = experiment.basis[:, :2]
     turned = experiment.turned(now.degrees, now.planes)
     before, after = experiment.tokens[shown] @ plane, turned[shown] @ plane  # [n, D] x [D, 2] -> [n, 2]
