@@ -31,6 +31,7 @@ def test_the_solved_notebook_is_executed_and_says_nothing_of_the_run(built_cours
     notebook = read(built_course.chapters()[0].solved)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert code[0].outputs[0].text.startswith("Measured on"), "the head of the chapter tells what this build measured"
     assert "<object object at 0x0>" in code[-3].outputs[0].text
     assert notebook.metadata.widgets, "the state of the slider belongs in the notebook"
     assert not re.search(r"\d{4}-\d\d-\d\dT", nbformat.writes(notebook))
@@ -138,6 +139,18 @@ def test_check_sees_another_measured_cost(course):
     costs["90_fixture"]["seconds"] += 100
     path.write_text(json.dumps(costs))
     assert any("built from another state" in problem for problem in check(course=course))
+
+
+def test_measuring_again_rewrites_only_what_changed_much(course):
+    path = course.root / "solutions" / "costs.json"
+    far = {"90_fixture": {"seconds": 1000.0, "peak_mb": 1, "cores": 2}}
+    path.write_text(json.dumps(far))
+    build_quietly(course)
+    assert json.loads(path.read_text()) == far, "an ordinary build measures only what is not measured yet"
+    build(course=course, measure=True, say=lambda line: None)
+    cost = json.loads(path.read_text())["90_fixture"]
+    assert cost["seconds"] < 300 and cost["peak_mb"] > 30
+    assert check(course=course) == []
 
 
 def test_unknown_chapter_is_named(built_course):

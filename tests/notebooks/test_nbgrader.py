@@ -45,6 +45,7 @@ def without_tags(notebook):
     return [(cell.id, cell.cell_type, cell.source, cell.metadata) for cell in notebook.cells]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.slug)
 def test_each_exercise_gets_its_own_points(chapter, tmp_path):
     solved = read_source(chapter.source)

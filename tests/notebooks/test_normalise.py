@@ -33,7 +33,7 @@ def test_widget_models_are_renamed_wherever_they_are_mentioned():
     def built(first, second):
         view = new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {"model_id": second}})
         models = {
-            first: {"state": {"value": 3}},
+            first: {"state": {"value": f'<object at 0x7f{first[:8]}> <svg><g id="p{first[:10]}"/></svg>'}},
             second: {"state": {"children": [f"IPY_MODEL_{first}"], "msg_id": first}},
         }
         return normalise(notebook([view], widgets={WIDGETS: {"state": models}}), "00_x")

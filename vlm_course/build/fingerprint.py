@@ -15,7 +15,6 @@ from pathlib import Path
 
 PACKAGE = "vlm_course"
 DOTTED = re.compile(r"\bvlm_course(?:\.\w+)+")
-IGNORED = {"__pycache__"}
 
 
 def fingerprint(notebook, cost: dict | None, package: Path) -> str:
@@ -47,7 +46,9 @@ def reached_files(sources: str, package: Path) -> list[Path]:
 
 
 def _tree(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not IGNORED & set(path.parts))
+    """What git would track: neither caches nor hidden files."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _ancestors(path: Path, package: Path) -> list[Path]:

@@ -26,11 +26,9 @@ def normalise(notebook, slug: str):
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
             output.pop("transient", None)
-            if output.output_type == "stream":
-                output.text = _text(output.text)
-            for kind, value in output.get("data", {}).items():
-                if isinstance(value, str) and not kind.startswith("image/png"):
-                    output.data[kind] = _svg(_text(value)) if "<svg" in value else _text(value)
+            output.update(_constant(output))
+    if "widgets" in notebook.metadata:
+        notebook.metadata.widgets = _constant(notebook.metadata.widgets)
     return _rename_ids(notebook, slug)
 
 
@@ -55,8 +53,16 @@ def output_problems(notebook, slug: str, root: Path) -> list[str]:
     return problems
 
 
-def _text(text: str) -> str:
-    return ADDRESS.sub("0x0", KERNEL_FILE.sub("<cell>", text))
+def _constant(value):
+    """The same JSON value without addresses, temporary files and random SVG ids in its strings."""
+    if isinstance(value, dict):
+        return {key: _constant(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_constant(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    value = ADDRESS.sub("0x0", KERNEL_FILE.sub("<cell>", value))
+    return _svg(value) if "<svg" in value else value
 
 
 def _svg(text: str) -> str:
@@ -76,8 +82,8 @@ def _rename_ids(notebook, slug: str):
         if "msg_id" in model.get("state", {}):
             model["state"]["msg_id"] = ""
     text = json.dumps(notebook)
-    outputs = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
-    for number, old in enumerate(dict.fromkeys([*state, *UUID.findall(outputs)])):
+    shown = json.dumps([state, *(cell.get("outputs", []) for cell in notebook.cells)])
+    for number, old in enumerate(dict.fromkeys([*state, *UUID.findall(shown)])):
         new = hashlib.sha256(f"{slug} {number}".encode()).hexdigest()[:32]
         if "-" in old:
             new = "-".join((new[:8], new[8:12], new[12:16], new[16:20], new[20:]))
