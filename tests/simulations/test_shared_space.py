@@ -47,7 +47,11 @@ def padded(tokenizer, captions):
 @pytest.fixture
 def towers(contrastive, tokenizer, world):
     pixels, captions = world
-    return shared_space.two_towers_simulation(contrastive, pixels, captions, padded(tokenizer, captions))
+    models = {"trained": contrastive, "untrained": shared_space.untrained(contrastive)}
+    spaces = {
+        name: shared_space.two_towers(model, pixels, padded(tokenizer, captions)) for name, model in models.items()
+    }
+    return shared_space.two_towers_simulation(pixels, captions, spaces)
 
 
 def prompt(tokenizer, question, visual_tokens=144):

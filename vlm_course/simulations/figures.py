@@ -50,16 +50,17 @@ STYLE = {
 
 
 def axes(rows: int = 1, columns: int = 1, *, width: float = 6.0, height: float = 2.6, **subplots):
-    """A figure in the course's style and its axes: one, or an array of them.
+    """A figure and its axes: one, or an array of them.
 
-    Sizes in inches; `subplots` as for `Figure.subplots`.
+    Sizes in inches; `subplots` as for `Figure.subplots`. The style becomes matplotlib's setting of the process, like
+    `matplotlib.style.use`: titles and legends take their size when they are drawn, later than the axes.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        return figure, figure.subplots(rows, columns, **subplots)
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, **subplots)
 
 
 def draw_scene(ax: Axes, pixels: torch.Tensor, title: str = "") -> None:
@@ -69,8 +70,8 @@ def draw_scene(ax: Axes, pixels: torch.Tensor, title: str = "") -> None:
             f"a scene is drawn from pixels [3, H, W], these are {list(pixels.shape)}: is a batch dimension left?"
         )
     ax.imshow(((pixels.detach().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy(), interpolation="nearest")
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title)
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.spines[:].set_visible(False)
 
 
 def draw_box(ax: Axes, box, label: str = "", colour: str = TEXT, dashed: bool = False) -> None:
@@ -127,11 +128,8 @@ def picture(figure: Figure, alt: str) -> Picture:
 
     The same figure gives the same bytes.
     """
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return Picture(buffer.getvalue(), alt, width=round(figure.get_figwidth() * 96))
 
 

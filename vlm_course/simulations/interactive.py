@@ -62,12 +62,11 @@ class Simulation:
         """Display the present frame without widgets: the picture, then the read-out as text."""
         from IPython.display import display
 
-        frame = self.frame()
-        display(frame.picture())
-        print(frame.text)
+        display(self.shown.picture())
+        print(self.shown.text)
 
     def _redraw(self, change=None) -> None:
-        frame = self.frame()
+        self.shown = frame = self.frame()
         self.figure.value = frame.picture().html()
         self.readout.value = (
             f'<p role="status" aria-live="polite">{html.escape(frame.text).replace(chr(10), "<br>")}</p>'

@@ -10,8 +10,9 @@ embeddings).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,9 +87,9 @@ def two_towers(model: ContrastiveModel, pixels: Tensor, caption_ids: Tensor) -> 
 
 
 def _draw_two_towers(
-    pixels: Tensor, captions: Sequence[str], towers: Mapping[str, TwoTowers], scene: int, tower: str
+    pixels: Tensor, captions: Sequence[str], spaces: Mapping[str, TwoTowers], scene: int, tower: str
 ) -> Frame:
-    space = towers[tower]
+    space = spaces[tower]
     similarity, rank = space.similarity[scene], int(space.rank_of_own()[scene])
     own = similarity[scene].item()
     wrong = similarity.clone().index_fill_(0, torch.tensor([scene]), -2)
@@ -102,7 +103,7 @@ def _draw_two_towers(
     middle.plot(*torch.stack([image_points[scene], text_points[scene]]).T, color=BLACK, linewidth=1)
     middle.scatter(*image_points[scene], s=55, color=VISION)
     middle.scatter(*text_points[scene], s=55, marker="s", color=TEXT)
-    middle.set(title=f"shared space, flattened ({kept:.0%} of variance)", xticks=[], yticks=[])
+    middle.set(title=f"shared space ({kept:.0%} of variance)", xticks=[], yticks=[])
     middle.legend(loc="best")
     order = similarity.argsort(descending=True).tolist()
     right.bar(range(n), similarity[order].tolist(), color=[TEXT if caption == scene else GREY for caption in order])
@@ -129,30 +130,18 @@ def _draw_two_towers(
     return Frame(figure, alt, text)
 
 
-def two_towers_simulation(
-    model: ContrastiveModel, pixels: Tensor, captions: Sequence[str], caption_ids: Tensor
-) -> Simulation:
-    """Images and captions in the contrastive space, with the untrained towers as the control.
+def two_towers_simulation(pixels: Tensor, captions: Sequence[str], spaces: Mapping[str, TwoTowers]) -> Simulation:
+    """Images and captions as points of the spaces of one or more pairs of towers, such as trained and untrained ones.
 
-    pixels [n, 3, H, W] in [-1, 1]; captions n strings; caption_ids [n, T] right padded. Controls: `scene` and `tower`.
+    pixels [n, 3, H, W] in [-1, 1]; captions n strings; spaces name -> their vectors. Controls: `scene` and `tower`.
     """
     import ipywidgets
 
-    towers = {
-        "trained": two_towers(model, pixels, caption_ids),
-        "untrained": two_towers(untrained(model), pixels, caption_ids),
-    }
     controls = {
-        "scene": ipywidgets.IntSlider(
-            value=0, min=0, max=len(captions) - 1, description="scene", continuous_update=False
-        ),
-        "tower": ipywidgets.ToggleButtons(options=list(towers), description="towers"),
+        "scene": ipywidgets.IntSlider(max=len(captions) - 1, description="scene", continuous_update=False),
+        "tower": ipywidgets.ToggleButtons(options=list(spaces), description="towers"),
     }
-    return Simulation(
-        lambda scene, tower: _draw_two_towers(pixels, captions, towers, scene, tower),
-        controls,
-        title="Two towers, one space",
-    )
+    return Simulation(partial(_draw_two_towers, pixels, captions, spaces), controls, title="Two towers, one space")
 
 
 @dataclass(frozen=True)
@@ -214,8 +203,8 @@ def _residual_stream(model: Llava, ids: Tensor, pixels: Tensor) -> Tensor:
     return torch.stack(seen)
 
 
-def _draw_merging(pixels: Tensor, journeys: Sequence[Journey], scene: int, layer: int) -> Frame:
-    here = journeys[scene]
+def _draw_merging(pixels: Tensor, follow: Callable[[int], Journey], layer: int, scene: int) -> Frame:
+    here = follow(scene)
     layers, words = len(here.patches) - 1, here.words
     patches, texts = here.patches[layer], here.texts[layer]  # [M, D], [W, D]
     effect, apart = here.effect[layer], torch.cosine_similarity(patches.mean(0), texts.mean(0), dim=0).item()
@@ -230,7 +219,7 @@ def _draw_merging(pixels: Tensor, journeys: Sequence[Journey], scene: int, layer
         *patch_points.T, s=10, color=VISION_LIGHT, edgecolor=VISION, linewidth=0.4, label=f"{len(patches)} patch tokens"
     )
     middle.scatter(*word_points.T, s=22, marker="s", color=TEXT, label=f"{len(texts)} word tokens")
-    middle.set(title=f"directions at layer {layer} of {layers} ({kept:.0%} of variance)", xticks=[], yticks=[])
+    middle.set(title=f"layer {layer} of {layers} ({kept:.0%} of variance)", xticks=[], yticks=[])
     middle.legend(loc="best")
     right.barh(range(len(words)), effect.tolist(), color=TEXT)
     right.set(title="moved by the picture", xlim=(0, 1.5), yticks=range(len(words)), yticklabels=words)
@@ -267,17 +256,9 @@ def merging_simulation(model: Llava, tokenizer: WordTokenizer, pixels: Tensor, p
     if len(pixels) != len(prompts):
         raise ValueError(f"{len(pixels)} pictures but {len(prompts)} prompts: every scene needs its own question")
     black = torch.full_like(pixels[0], -1)
-    journeys = [journey(model, tokenizer, ids, image, black) for image, ids in zip(pixels, prompts, strict=True)]
+    follow = lru_cache(lambda scene: journey(model, tokenizer, prompts[scene], pixels[scene], black))
     controls = {
-        "layer": ipywidgets.IntSlider(
-            value=0, min=0, max=len(journeys[0].patches) - 1, description="layer", continuous_update=False
-        ),
-        "scene": ipywidgets.IntSlider(
-            value=0, min=0, max=len(pixels) - 1, description="scene", continuous_update=False
-        ),
+        "layer": ipywidgets.IntSlider(max=len(model.decoder.blocks), description="layer", continuous_update=False),
+        "scene": ipywidgets.IntSlider(max=len(pixels) - 1, description="scene", continuous_update=False),
     }
-    return Simulation(
-        lambda layer, scene: _draw_merging(pixels, journeys, scene, layer),
-        controls,
-        title="Patches and words, one stream",
-    )
+    return Simulation(partial(_draw_merging, pixels, follow), controls, title="Patches and words, one stream")
