@@ -1,5 +1,8 @@
 """What holds for every chapter of the course, without executing any."""
 
+import re
+from statistics import median
+
 import nbformat
 import pytest
 
@@ -9,6 +12,8 @@ from vlm_course.build.course import Course
 from vlm_course.build.source import read_source
 from vlm_course.build.twins import twin_problems
 
+# A decimal number that stands alone: not a version, not part of a name.
+DECIMAL = re.compile(r"(?<![\w.])(\d+)\.(\d+)(?:e[+-]?\d+)?(?![\w.]*\w)")
 CHAPTERS = pytest.mark.parametrize("chapter", Course().chapters(), ids=lambda chapter: chapter.slug)
 
 
@@ -39,3 +44,35 @@ def test_run_all_stops_only_at_checks(chapter):
     for cell in nbformat.read(chapter.student, as_version=4).cells:
         tagged = "raises-exception" in cell.metadata.get("tags", [])
         assert tagged == bool(cell.metadata.get("nbgrader", {}).get("grade"))
+
+
+@CHAPTERS
+def test_cells_are_short(chapter):
+    cells = read_source(chapter.source).cells
+    lines = [sum(map(bool, map(str.strip, cell.source.splitlines()))) for cell in cells if cell.cell_type == "code"]
+    words = [len(cell.source.split()) for cell in cells if cell.cell_type == "markdown"]
+    assert median(lines) <= 12
+    assert 15 <= median(words) <= 60
+
+
+def long_decimals(text: str) -> list[str]:
+    """The numbers with a decimal point that show more than four significant digits."""
+    found = DECIMAL.finditer(text)
+    return [match.group() for match in found if len((match.group(1) + match.group(2)).lstrip("0")) > 4]
+
+
+def test_significant_digits_are_counted():
+    text = "0.00123 12.34 99.9% torch 2.14.1 x1.23456 576.0 1.234e-05 v0.12345"
+    assert long_decimals(text) == []
+    assert long_decimals("0.12345, 123.45 (1.2345e-05) 1024.0.") == ["0.12345", "123.45", "1.2345e-05", "1024.0"]
+
+
+@CHAPTERS
+def test_printed_numbers_are_the_same_on_other_processors(chapter):
+    found = []
+    for cell in nbformat.read(chapter.solved, as_version=4).cells:
+        if "nbval-ignore-output" in cell.metadata.get("tags", []):
+            continue
+        for output in cell.get("outputs", []):
+            found += long_decimals(output.get("text", "") + output.get("data", {}).get("text/plain", ""))
+    assert found == [], "print at most four significant digits: more differ from one machine to another"
