@@ -147,29 +147,45 @@ def build(
 
 @train.command()
 def small(
-    stage: Annotated[str | None, typer.Option(help="Only this stage; all four, resumed, by default.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints and weights.", show_default="runs/small")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps.", show_default="the best here")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same tables within a point.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the weights.")] = Path("runs/small"),
+    stage: Annotated[str | None, typer.Option(help="Stop after this stage; to the end by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.", show_default="the first of them here")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same weights and scenes.")] = 0,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Stop in good time, with everything saved.")] = None,
+    scale: Annotated[float, typer.Option(min=1e-4, help="A rehearsal: this share of the steps.")] = 1.0,
 ) -> None:
-    """Train the shipped model again, in four stages that can each be resumed."""
-    from vlm_course import training
+    """Train the shipped model again from nothing, in four stages; a second call goes on where the first one stopped."""
+    from vlm_course.pretrained import recipe
 
-    training.train_small(stage=stage, out=out, device=device, seed=seed)
+    device = _fastest_device() if device is None else device
+    if not recipe.train_small(out, device=device, seed=seed, stage=stage, minutes=minutes, scale=scale):
+        typer.echo("Not finished; the same command goes on from here.")
+
+
+def _fastest_device() -> str:
+    """The fastest kind of device that torch finds here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @app.command()
 def evaluate(
     suite: Annotated[Suite, typer.Option(help="Which questions.")] = Suite.scenes,
     json: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,
-    n: Annotated[int | None, typer.Option("-n", min=1, help="How many images.", show_default="all")] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", min=1, help="Scenes, or questions of easy-VQA.", show_default="2,000 scenes; all questions"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    weights: Annotated[Path | None, typer.Option(help="Folder of other weights than the shipped ones.")] = None,
 ) -> None:
     """Measure the shipped model beside its controls: no image, a swapped image, any object, the majority answer."""
     from vlm_course import evaluation
 
-    raise typer.Exit(evaluation.main(suite=suite.value, json=json, n=n))
+    evaluation.main(suite.value, json_file=json, n=n, device=device, folder=weights)
 
 
 def main() -> None:
