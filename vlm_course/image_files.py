@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # 256 MB as RGBA while it is decoded; the largest common phone photo has 50 million
 MAX_SIDE = 16_384  # a strip one pixel high would grow to its square when it is padded
@@ -35,7 +35,7 @@ def load_image(path: str | os.PathLike, *, max_side: int | None = None) -> Image
         max_side: shrink so that neither side is longer (JPEG is then decoded at a coarser scale); None keeps the size.
 
     Returns:
-        A PIL image of mode "RGB".
+        A PIL image of mode "RGB"; `image.info["file_size"]` is the upright (width, height) before it was shrunk.
 
     Raises:
         ImageFileError: missing, not a regular file, empty, text, of an unknown format, truncated or too large.
@@ -52,13 +52,14 @@ def load_image(path: str | os.PathLike, *, max_side: int | None = None) -> Image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ImageFileError(_not_an_image(file, error)) from error
     with image:
-        width, height = image.size
+        width, height = size = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise _too_large(name, f"{width:,} x {height:,} pixels")
         try:
             if max_side is not None and max(width, height) > max_side:
                 image.draft("RGB", (max_side, max_side))  # JPEG only; still at least max_side long
             image.load()
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             rgb = _to_rgb(ImageOps.exif_transpose(image))
         except MemoryError as error:
             raise ImageFileError(f"{name} does not fit into memory: make it smaller first.") from error
@@ -66,6 +67,7 @@ def load_image(path: str | os.PathLike, *, max_side: int | None = None) -> Image
         except Exception as error:
             reason = str(error).rstrip(".") or type(error).__name__
             raise ImageFileError(f"{name} is damaged or incomplete ({reason}): copy or download it again.") from error
+    rgb.info = {"file_size": size[::-1] if turned else size}
     if max_side is not None:
         rgb.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
     return rgb

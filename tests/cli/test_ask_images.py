@@ -117,6 +117,7 @@ def test_exif_rotation(tmp_path):
     assert image.size == (16, 32)
     assert image.getpixel((8, 2)) == RED
     assert image.getpixel((8, 30)) == BLUE
+    assert load_image(tmp_path / "a.png", max_side=8).info["file_size"] == (16, 32)
 
 
 def test_animation_gives_its_first_frame(tmp_path):
