@@ -37,7 +37,7 @@ print(f"About 60 minutes of your time. {measured('00_two_modalities')}")
 # know what you know.
 
 # %%
-predict("p_0_1", "A small VLM is asked for the colour of one object, but it gets a black picture. How often is it right?",
+predict("p_0_1", "A small VLM is asked for the colour of one object, but gets a black picture. How often is it right?",
         {"a": "never", "b": "now and then, as a guess would be", "c": "in more than half of the cases"})
 
 # %%
@@ -45,8 +45,8 @@ predict("p_0_2", "In LLaVA-1.5 7B, how many of all the parameters sit in the bri
         {"a": "about 0.3 %", "b": "about 3 %", "c": "about 30 %"})
 
 # %%
-predict("p_0_3", "The words of a question follow a picture into the language model. Before its first block, what has the "
-        "picture changed in the words' vectors?", {"a": "nothing", "b": "a little", "c": "about half of them"})
+predict("p_0_3", "The words of a question follow a picture into the language model. Before its first block, what has "
+        "the picture changed in the words' vectors?", {"a": "nothing", "b": "a little", "c": "about half of them"})
 
 # %% [markdown] covers=["0-idea-1"]
 # ## Pixels and tokens
@@ -131,8 +131,8 @@ figures.draw_scene(left, pixels[0], "the scene")
 left.hlines(range(8, 96, 8), 0, 96, color="white", linewidth=0.6)
 left.vlines(range(8, 96, 8), 0, 96, color="white", linewidth=0.6)
 figures.draw_scene(right, lines, "its 144 patches in reading order, 36 to a line")
-figures.show(figure, "Left, a scene of four coloured shapes under a grid of 12 by 12 squares. Right, the same squares one "
-             "after the other in four lines: the shapes fall apart into unrelated pieces.")
+figures.show(figure, "Left, a scene of four coloured shapes under a grid of 12 by 12 squares. Right, the same squares "
+             "one after the other in four lines: the shapes fall apart into unrelated pieces.")
 
 # %% [markdown]
 # *Figure: what the encoder gets. It cuts the scene into 144 squares and reads them in a row. A shape no longer
@@ -238,9 +238,12 @@ except RuntimeError as error:
 # Write `visual_tokens(height, width, patch_size)`: how many patches does an image of `height` x `width` pixels
 # give? A strip narrower than a patch is dropped. The class token does not count.
 #
-# <details><summary>Hint 1</summary>The vision tower cuts the image into squares of patch_size x patch_size pixels. Each square becomes one token.</details>
-# <details><summary>Hint 2</summary>Count how many whole squares fit along the height, and how many along the width. They need not be equal.</details>
-# <details><summary>Hint 3</summary><code>height // patch_size</code> squares fit along the height. Multiply by the same count for the width.</details>
+# <details><summary>Hint 1</summary>The vision tower cuts the image into squares of patch_size x patch_size pixels.
+# Each square becomes one token.</details>
+# <details><summary>Hint 2</summary>Count how many whole squares fit along the height, and how many along the width.
+# They need not be equal.</details>
+# <details><summary>Hint 3</summary><code>height // patch_size</code> squares fit along the height. Multiply by the
+# same count for the width.</details>
 
 # %% exercise="visual_tokens" twin="vlm_course.costs.visual_tokens"
 def visual_tokens(height: int, width: int, patch_size: int) -> int:
@@ -263,9 +266,12 @@ for name, height, width, patch in (("ours", 96, 96, 8), ("LLaVA v1", 224, 224, 1
 # Write `pipeline_shapes(image_size, patch_size, vision_dim, llm_dim, text_tokens)`. Return a dict of four shapes as
 # tuples, without the batch: `"image"` (channels first), `"features"`, `"projected"` and `"sequence"`.
 #
-# <details><summary>Hint 1</summary>Follow one image: pixels, then one vector a patch, then vectors of the language model's width, then text joins.</details>
-# <details><summary>Hint 2</summary>The bridge changes the width of each token, never their number; joining the text changes the number alone.</details>
-# <details><summary>Hint 3</summary>With <code>n = (image_size // patch_size) ** 2</code>: features <code>(n, vision_dim)</code>, projected <code>(n, llm_dim)</code>, and so on.</details>
+# <details><summary>Hint 1</summary>Follow one image: pixels, then one vector a patch, then vectors of the language
+# model's width, then text joins.</details>
+# <details><summary>Hint 2</summary>The bridge changes the width of each token, never their number; joining the text
+# changes the number alone.</details>
+# <details><summary>Hint 3</summary>With <code>n = (image_size // patch_size) ** 2</code>: features <code>(n,
+# vision_dim)</code>, projected <code>(n, llm_dim)</code>, and so on.</details>
 
 # %% exercise="pipeline_shapes" twin="vlm_course.costs.pipeline_shapes"
 def pipeline_shapes(
@@ -309,10 +315,10 @@ print(captions[0])
 # %%
 towers = small.contrastive.eval()
 with torch.inference_mode():
-    image_vectors, text_vectors = towers.vision.pooled(images), towers.text(caption_ids)
-print(f"before the projection: images {list(image_vectors.shape)}, captions {list(text_vectors.shape)}")
-with torch.inference_mode():
-    image_vectors, text_vectors = towers.encode_image(images), towers.encode_text(caption_ids)
+    seen, read = towers.vision.pooled(images), towers.text(caption_ids)      # [24, 192], [24, 128]
+    image_vectors = torch.nn.functional.normalize(towers.image_projection(seen), dim=-1)   # [24, 192] -> [24, 128]
+    text_vectors = torch.nn.functional.normalize(towers.text_projection(read), dim=-1)     # [24, 128] -> [24, 128]
+print(f"before the projection: images {list(seen.shape)}, captions {list(read.shape)}")
 print(f"after the projection:  images {list(image_vectors.shape)}, captions {list(text_vectors.shape)}")
 
 # %% [markdown]
@@ -338,10 +344,11 @@ print("in one go:  ", " ".join(f"{value:.2f}" for value in at_once[0, :5]), "...
 # and count again with towers of the same shape that were never trained.
 
 # %%
-from vlm_course.simulations.shared_space import merging_simulation, two_towers, two_towers_simulation, untrained
+from vlm_course.simulations.shared_space import (
+    TwoTowers, journey, merging_simulation, two_towers, two_towers_simulation, untrained)
 
-spaces = {name: two_towers(pair, images, caption_ids)
-          for name, pair in {"trained": towers, "untrained": untrained(towers)}.items()}
+spaces = {"trained": TwoTowers(image_vectors, text_vectors),
+          "untrained": two_towers(untrained(towers), images, caption_ids)}
 for name, space in spaces.items():
     found = int((space.rank_of_own() == 1).sum())
     print(f"{name:10s} {found:2d} of 24 scenes find their own caption first")
@@ -352,8 +359,8 @@ for ax, (name, space) in zip(axes, spaces.items(), strict=True):
     shown = ax.imshow(space.similarity, vmin=-0.2, vmax=1)
     ax.set(title=f"{name} towers", xlabel="caption", ylabel="scene", xticks=[0, 23], yticks=[0, 23])
 figure.colorbar(shown, ax=axes, label="cosine")
-figures.show(figure, "Two tables of cosines, 24 scenes by 24 captions. With trained towers a bright diagonal stands out: "
-             "each scene is nearest to its own caption. With untrained towers no diagonal can be seen.")
+figures.show(figure, "Two tables of cosines, 24 scenes by 24 captions. With trained towers a bright diagonal stands "
+             "out: each scene is nearest to its own caption. With untrained towers no diagonal can be seen.")
 
 # %% [markdown]
 # *Figure: bright cells are pairs that point the same way. Training made the diagonal, where a scene meets its own
@@ -369,7 +376,7 @@ figures.show(figure, "Two tables of cosines, 24 scenes by 24 captions. With trai
 two_spaces = two_towers_simulation(images, captions, spaces)
 two_spaces.first_frame()
 
-# %% tags=["nbval-ignore-output"]
+# %%
 two_spaces
 
 # %% [markdown]
@@ -401,12 +408,10 @@ stream.first_frame()
 # At layer 0 the bars are empty. Blue patches and brown words share a width, and nothing more. Now move the layer
 # slider and watch the bars, the two clouds, and the word that the model would say if it had to stop there.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 stream
 
 # %%
-from vlm_course.simulations.shared_space import journey
-
 black = torch.full((3, 96, 96), -1.0)
 path = journey(model, tokenizer, prompts[0], images[0], black)
 for layer, (effect, answer) in enumerate(zip(path.effect.mean(1), path.answers, strict=True)):
@@ -466,7 +471,7 @@ figures.draw_scene(ax, pixels[0])
 if len(corners(answer)) == 4:
     figures.draw_box(ax, corners(answer), "answer", figures.TEXT)
 figures.draw_box(ax, corners(truth), colour=figures.VISION, dashed=True)
-figures.show(figure, f"The scene with two boxes for the request {text} The answer is {answer}, the true box is {truth}.")
+figures.show(figure, f"The scene with two boxes for the request {text} Answer {answer}, true box {truth}.")
 
 # %% [markdown]
 # ### Does it look?
@@ -487,10 +492,10 @@ def right(turns, features):
     return sum(tokenizer.decode(answer) == tokenizer.decode(truth) for answer, truth in pairs) / len(new)
 
 # %%
-fresh = scenes.sample(40, generator=torch.Generator().manual_seed(26), objects=(3, 6))
+fresh = scenes.sample(24, generator=torch.Generator().manual_seed(26), objects=(3, 6))
 with torch.inference_mode():
-    seen = model.encode_images(scenes.render(fresh, generator=torch.Generator().manual_seed(27)))   # [40, 144, 256]
-    dark = model.encode_images(black[None]).expand(40, -1, -1)                                      # [40, 144, 256]
+    seen = model.encode_images(scenes.render(fresh, generator=torch.Generator().manual_seed(27)))   # [24, 144, 256]
+    dark = model.encode_images(black[None]).expand(24, -1, -1)                                      # [24, 144, 256]
 pictures = {"picture": seen, "black": dark, "another": seen.roll(1, dims=0)}
 
 # %%
@@ -501,7 +506,7 @@ print(f"{'':12s}" + "".join(f"{name:>12s}" for name in (*pictures, "commonest"))
 for kind in ("colour", "count", "relation"):
     turns = dialogs.ask(fresh, kind, generator=torch.Generator().manual_seed(28))
     scores[kind] = {name: right(turns, features) for name, features in pictures.items()}
-    commonest = Counter(map(tokenizer.decode, turns.answer)).most_common(1)[0][1] / 40
+    commonest = Counter(map(tokenizer.decode, turns.answer)).most_common(1)[0][1] / 24
     print(f"{kind:12s}" + "".join(f"{value:12.2f}" for value in (*scores[kind].values(), commonest)))
 
 # %%
@@ -543,8 +548,8 @@ print(ask(photo, "describe the image."))
 figure, (left, right) = figures.axes(1, 2, width=4.6, height=2.4)
 figures.draw_scene(left, outside, "easy-VQA, test picture 0")
 figures.draw_scene(right, photo, "a photograph")
-figures.show(figure, "Left, the first test picture of easy-VQA: one coloured shape on a plain ground. Right, a photograph of an "
-             "astronaut in an orange suit before a flag, at 96 by 96 pixels.")
+figures.show(figure, "Left, the first test picture of easy-VQA: one coloured shape on a plain ground. Right, a "
+             "photograph of an astronaut in an orange suit before a flag, at 96 by 96 pixels.")
 
 # %% [markdown]
 # *Figure: both pictures as the model gets them, at 96 by 96 pixels.*
@@ -582,7 +587,7 @@ check("q_0_1", globals())
 # %% [markdown]
 # ## Claims of the chapter
 #
-# The course follows a lesson that is well known on the web, and checks it. Each row has what the lesson says, in
+# The course follows a lesson found on the web, and checks it. Each row has what the lesson says, in
 # our words, a verdict, what is true, and how strong the evidence is. The section that shows it stands at the end.
 
 # %%
