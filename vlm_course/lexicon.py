@@ -50,12 +50,13 @@ CUES = {
     "BE": "is are be was",
     "DO": "do does did can could will would",
     "THAN": "than more further farther",
+    "ALL": "all each every both",
     "NAME": "name identify",
     "WRITE": "write",
 }
 NOUNS = "object objects shape shapes thing things item items figure figures one ones it its they them their"
 FILLERS = """
-a an the this that these those all each every both of in on at to for from by with as and so here anywhere around 's
+a an the this that these those of in on at to for from by with as and so here anywhere around 's
 me you i we us my let tell say give state determine check look know wonder please kindly just now
 altogether overall call called used drawn been lie lies sit sits stand stands standing located positioned placed sized
 shaped regarding hey hi ok okay same

@@ -42,15 +42,19 @@ class Novelty:
 
     def distance(self, patches: Tensor) -> Tensor:
         """Patch features [B, N, D] of the vision tower's penultimate layer -> Mahalanobis distances [B]."""
-        return ((summary(patches) - self.mean) @ self.whitening).norm(dim=1)  # [B, F] -> [B]
+        return self.distance_of_summary(summary(patches))
+
+    def distance_of_summary(self, features: Tensor) -> Tensor:
+        """`summary` [B, F] -> Mahalanobis distances [B]."""
+        return ((features - self.mean) @ self.whitening).norm(dim=1)  # [B, F] -> [B]
 
     def is_new(self, patches: Tensor) -> Tensor:
         """Whether each image is farther away than the threshold: [B] bool."""
         return self.distance(patches) > self.threshold
 
 
-def fit(patches: Tensor, calibration: Tensor, *, quantile: float = QUANTILE, shrinkage: float = 1e-3) -> Novelty:
-    """Fit on the patch features [B, N, D] of some scenes, set the threshold on those of others.
+def fit(features: Tensor, calibration: Tensor, *, quantile: float = QUANTILE, shrinkage: float = 1e-3) -> Novelty:
+    """Fit on the `summary` [B, F] of some scenes, set the threshold on those of others.
 
     Args:
         quantile: share of `calibration` that is to lie below the threshold.
@@ -59,7 +63,7 @@ def fit(patches: Tensor, calibration: Tensor, *, quantile: float = QUANTILE, shr
     Raises:
         ValueError: fewer scenes than features, so that the covariance would be singular.
     """
-    features = summary(patches).double()
+    features = features.double()
     n, width = features.shape
     if n <= width:
         raise ValueError(f"{n} scenes cannot fit a covariance of {width} features: take at least {width + 1}")
@@ -69,7 +73,7 @@ def fit(patches: Tensor, calibration: Tensor, *, quantile: float = QUANTILE, shr
     values, vectors = torch.linalg.eigh(covariance)
     whitening = vectors * values.rsqrt()
     fitted = Novelty(mean.float(), whitening.float(), float("inf"))
-    threshold = fitted.distance(calibration).quantile(quantile).item()
+    threshold = fitted.distance_of_summary(calibration).quantile(quantile).item()
     return Novelty(fitted.mean, fitted.whitening, threshold)
 
 
@@ -96,7 +100,7 @@ def load(file: Path | str = FILE) -> Novelty:
 
 @torch.no_grad()
 def scene_features(model, n: int, *, seed: int, batch: int = 100) -> Tensor:
-    """Patch features of `n` fresh scenes as a learner's file would give them, rounded to 8 bits: [n, N, D]."""
+    """`summary` of `n` fresh scenes as a learner's file would give them, rounded to 8 bits: [n, F]."""
     from .worlds.scenes import render, sample
 
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +108,7 @@ def scene_features(model, n: int, *, seed: int, batch: int = 100) -> Tensor:
     for start in range(0, n, batch):
         pixels = render(sample(min(batch, n - start), generator=generator, split="all"), generator=generator)
         pixels = ((pixels + 1) * 127.5).round() / 127.5 - 1
-        features.append(model.vision.patch_features(pixels, layer=model.config.feature_layer))
+        features.append(summary(model.vision.patch_features(pixels, layer=model.config.feature_layer)))
     return torch.cat(features)
 
 

@@ -8,11 +8,10 @@ hue does the disk have?" reaches the model as "what color is the circle ?".
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from dataclasses import dataclass, replace
 
-from .lexicon import LEXICON, NOT_TYPOS, REASON_OF
+from .lexicon import REASON_OF
+from .words import NotUnderstood, Token, lex, rewrite
 from .worlds.templates import QUESTIONS
 
 MAX_WORDS = 60
@@ -93,95 +92,15 @@ def understand(question: str) -> Intent | Refusal:
     if length > MAX_WORDS or len(question) > 20 * MAX_WORDS:
         raise QuestionError(f"The question is too long: ask one question of at most {MAX_WORDS} words.")
     try:
-        return _intent(_lex(_rewrite(question)))
-    except _NotUnderstood as reason:
+        return _intent(lex(rewrite(question)))
+    except NotUnderstood as reason:
         return Refusal(
             f"I was not made for this question ({reason}): ask about the color, shape, size, number or place of the "
             "shapes in the image."
         )
 
 
-class _NotUnderstood(Exception):
-    pass
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-_PHRASES = [
-    (r"n['’]t\b", " not"),
-    (r"\bcannot\b|\bcan not\b", "can"),
-    (r"\b(what|which|where|how|there|it|that|here)['’]?s\b(?<!its)", r"\1 is"),
-    (r"\bwhats\b", "what is"),
-    (r"['’]s\b", " 's "),
-    (r"['’](d|ll|ve|re)\b", " would"),
-    (r"[-,;:.?!\"'’()](?!s\b)", " "),
-    (r"\s+", " "),
-    # A question tag, and a negated yes-no question ("isn't there a star?"), expect the positive statement.
-    (r"^(there .*) (is|are) (not )?(there|it) ?$", r"\1"),
-    (r"^(please )?(is|are|do|does|can|could|has|have) not (there|the image|the picture|the scene|you|i)\b", r"\2 \3"),
-    (r"\b(yes or no|true or false|is it true that|is it the case that|make sure that)\b", "whether"),
-    (r"\b(would like|want|wish|need|have) to (know|see)\b", "tell"),
-    (r"\bi (would like|want|wish|need)\b", "tell"),
-    (r"\b(find out|let me know|work out|make out)\b", "tell"),
-    (r"\bshow (me|us)\b", "where"),
-    (r"\b(at least|as many as) one\b", "any"),
-    (r"\bfree (of|from)\b", "without"),
-    (r"\b(plus|cross) (sign|mark)(s?)\b", r"cross"),
-    (r"\bhow may\b", "how many"),
-    (r"\bmore to the (left|right)\b", r"\1"),
-    (r"\bon top of\b", "above"),
-]
-
-
-def _rewrite(question: str) -> list[str]:
-    text = unicodedata.normalize("NFKC", question).lower()
-    # "is there not a star" asks for absence; only the contraction asks for a yes.
-    contracted = re.match(r"\W*(please )?\w+n['’]t\b", text)
-    for pattern, replacement in _PHRASES:
-        if pattern.startswith("^(please") and not contracted:
-            continue
-        text = re.sub(pattern, replacement, text).strip()
-    return text.split()
-
-
-@dataclass(frozen=True)
-class _Token:
-    word: str
-    tag: str
-    value: str
-
-
-def _lex(words: list[str]) -> list[_Token]:
-    tokens = []
-    for word in words:
-        known = word if word in LEXICON else _misspelled(word)
-        if known is None:
-            raise _NotUnderstood(REASON_OF.get(word) or f"I do not know the word {word[:40]!r}")
-        tokens.append(_Token(known, *LEXICON[known]))
-    return tokens
-
-
-def _misspelled(word: str) -> str | None:
-    """The content word that `word` is one slip away from: a letter more, less, other, or two swapped."""
-    if word in NOT_TYPOS or word in REASON_OF or not word.isascii() or not word.isalpha() or len(word) < 3:
-        return None
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    splits = [(word[:i], word[i:]) for i in range(len(word) + 1)]
-    swapped = [a + b[1] + b[0] + b[2:] for a, b in splits if len(b) > 1]
-    doubled = [a + b[1:] for a, b in splits if len(b) > 1 and b[0] == b[1]]
-    slips = [a + c + b for a, b in splits for c in letters]
-    slips += [a + b[1:] for a, b in splits if b] + [a + c + b[1:] for a, b in splits if b for c in letters]
-    for candidates, shortest in ((doubled, 3), (swapped, 4), (slips, 5), (["many"] if word == "mny" else [], 4)):
-        for candidate in candidates:
-            if len(candidate) >= shortest and LEXICON.get(candidate, ("filler",))[0] != "filler":
-                return candidate
-    return None
-
-
-# --- meaning ----------------------------------------------------------------------------------------------------------
-
-
-def _intent(tokens: list[_Token]) -> Intent:
+def _intent(tokens: list[Token]) -> Intent:
     tokens = _attributes(tokens)
     directions = [t for t in tokens if t.tag == "direction"]
     tokens = _options(tokens)
@@ -190,9 +109,9 @@ def _intent(tokens: list[_Token]) -> Intent:
     if directions or "RELATIVE" in tags:
         return _relation(tokens, tags, chunks, {t.value for t in directions})
     if "THAN" in tags:
-        raise _NotUnderstood(REASON_OF["same"])
+        raise NotUnderstood(REASON_OF["same"])
     if ("WRITE" in tags and "CAPTION" not in tags) or ("DRAW" in tags and "BOX" not in tags):
-        raise _NotUnderstood("I look at images and do not make anything")
+        raise NotUnderstood("I look at images and do not make anything")
     thing, named = _merge(chunks), bool(chunks)
     negated = sum(t.tag == "NOT" for t in tokens) % 2 == 1
     polar = not tags & {"WHAT", "HOW", "NAME", "ASK_SIZE"}
@@ -208,15 +127,24 @@ def _intent(tokens: list[_Token]) -> Intent:
     if opens and {t.word for t in tokens if t.tag == "WHERE"} == {"find"}:
         kind, asks_whether = None, True  # "can you find a star?" asks whether, "find the star" asks where
 
+    if kind not in ("count", "caption"):
+        if "ALL" in tags:
+            raise NotUnderstood("I answer about one object, and count them")
+        if not tags & {"THERE", "NOT"} and not _image_is_the_place(tokens):
+            raise NotUnderstood("I answer about the shapes in the image, not about the image itself")
+    if kind == "point" and next(t.tag for t in tokens if t.tag != "filler") == "BE":
+        raise NotUnderstood(REASON_OF["same"])
     if kind is None and asked:
-        several = {"shapes", "objects", "things", "their"} & {t.word for t in tokens}
+        several = {"shapes", "objects", "things", "their", "colors", "colours", "hues", "sizes"} & {
+            t.word for t in tokens
+        }
         if (len(asked) > 1 or several) and not thing and not negated:
             return Intent("caption")
         if len(asked) > 1:
-            raise _NotUnderstood("one question at a time")
+            raise NotUnderstood("one question at a time")
         (cue,) = asked
         if given[cue] or negated:
-            raise _NotUnderstood("that is no question about the shapes in the image")
+            raise NotUnderstood("that is no question about the shapes in the image")
         return Intent({"COLOUR": "colour", "SHAPE": "shape", "ASK_SIZE": "size"}[cue], (thing,) if thing else ())
     if kind is None and tags & {"WHAT", "NAME"} and not negated:
         if thing and not thing.shape:
@@ -231,10 +159,10 @@ def _intent(tokens: list[_Token]) -> Intent:
         return Intent(kind, (thing,))
     if kind is None and asks_whether and thing and (thing.shape or (named and not tags & {"COLOUR"})):
         return Intent("existence", (thing,), negated=negated)
-    raise _NotUnderstood("I could not find out what it asks")
+    raise NotUnderstood("I could not find out what it asks")
 
 
-def _attributes(tokens: list[_Token]) -> list[_Token]:
+def _attributes(tokens: list[Token]) -> list[Token]:
     """Tell asking for a property from naming it: "what shape", "how large", "the number of"."""
     out, before = [], ""
     for i, token in enumerate(tokens):
@@ -249,7 +177,7 @@ def _attributes(tokens: list[_Token]) -> list[_Token]:
         elif (tag == "MANY" and before == "HOW") or (tag == "COUNT" and counted):
             tag = "COUNTING"
         elif tag in ("MANY", "COUNT"):
-            raise _NotUnderstood("I cannot read numbers, only count shapes")
+            raise NotUnderstood("I cannot read numbers, only count shapes")
         elif tag == "PAINTED":
             colour_named = any(t.tag == "colour" for t in tokens)
             tag = "filler" if colour_named else "COLOUR"
@@ -258,7 +186,7 @@ def _attributes(tokens: list[_Token]) -> list[_Token]:
     return out
 
 
-def _options(tokens: list[_Token]) -> list[_Token]:
+def _options(tokens: list[Token]) -> list[Token]:
     """ "small or large?" asks for the size as "what size?" does; so do two colours and two shapes for theirs."""
     if not any(t.tag == "OR" for t in tokens):
         return tokens
@@ -266,12 +194,14 @@ def _options(tokens: list[_Token]) -> list[_Token]:
         if len({t.value for t in tokens if t.tag == tag}) > 1:
             if tag == "direction":
                 return tokens
+            if any(t.tag in ("THERE", "ANY") for t in tokens):
+                break  # "is there a red or a blue star?"
             left = [t for t in tokens if t.tag not in (tag, "OR")]
-            return [*left, _Token(cue, cue, "")]
-    raise _NotUnderstood("one question at a time")
+            return [*left, Token(cue, cue, "")]
+    raise NotUnderstood("one question at a time")
 
 
-def _chunks(tokens: list[_Token]) -> list[tuple[int, Description]]:
+def _chunks(tokens: list[Token]) -> list[tuple[int, Description]]:
     """The descriptions in the order of the text, with the position of each: [small red star], [the object]."""
     chunks: list[tuple[int, Description]] = []
     parts: dict[str, str] = {}
@@ -290,6 +220,16 @@ def _chunks(tokens: list[_Token]) -> list[tuple[int, Description]]:
     return chunks
 
 
+def _image_is_the_place(tokens: list[Token]) -> bool:
+    """Whether "the image" comes only after "in" or the like: "what color is the image?" is about something else."""
+    for i, token in enumerate(tokens):
+        if token.tag == "IMAGE" and not {"in", "on", "from", "NOT"} & {
+            w for t in tokens[max(0, i - 2) : i] for w in (t.word, t.tag)
+        }:
+            return False
+    return True
+
+
 def _merge(chunks: list[tuple[int, Description]]) -> Description:
     """One description from all that was said: "is the circle red" is about a red circle."""
     merged: dict[str, str] = {}
@@ -297,7 +237,7 @@ def _merge(chunks: list[tuple[int, Description]]) -> Description:
         for slot in ("size", "colour", "shape"):
             value = getattr(chunk, slot)
             if value and merged.setdefault(slot, value) != value:
-                raise _NotUnderstood("I answer about one object, or about where one is relative to another")
+                raise NotUnderstood("I answer about one object, or about where one is relative to another")
     return Description(**merged)
 
 
@@ -306,14 +246,17 @@ def _relation(tokens, tags, chunks, directions: set[str]) -> Intent:
     things = [(i, chunk) for i, chunk in chunks if chunk]
     other = tags & {"COUNTING", "COLOUR", "SHAPE", "ASK_SIZE", "BOX", "CAPTION", "NOT", "DRAW", "WRITE"}
     if len(things) != 2 or other:
-        raise _NotUnderstood("where something is can be asked relative to one other object, both of them named")
+        raise NotUnderstood("where something is can be asked relative to one other object, both of them named")
     (_, first), (_, second) = things
     cue = next(i for i, t in enumerate(tokens) if t.tag in ("direction", "RELATIVE"))
-    if cue < things[0][0]:  # "on which side of the star is the circle", "relative to the star, where ..."
+    before_both = cue < things[0][0]
+    if before_both and tokens[cue].value in ("left", "right") and tokens[cue + 1].word not in ("of", "from"):
+        raise NotUnderstood("where something is can be asked relative to one other object, both of them named")
+    if before_both:  # "on which side of the star is the circle", "relative to the star, where ..."
         first, second = second, first
     if len(directions) == 1 and not tags & {"WHAT", "HOW", "WHERE", "OR"}:
         return Intent("check", (first, second), direction=next(iter(directions)))
     if (len(directions) > 1 and "OR" in tags) or (not directions and tags & {"WHAT", "HOW", "WHERE"}):
         # Options before both objects ("left or right of the star: the circle") would swap them, too.
         return Intent("relation", (first, second))
-    raise _NotUnderstood("one relation at a time")
+    raise NotUnderstood("one relation at a time")

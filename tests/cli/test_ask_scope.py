@@ -132,6 +132,27 @@ def test_real_words_are_not_taken_for_misspellings(word):
     assert isinstance(understand(f"is there a {word} in the image?"), Refusal)
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "is every shape red?",
+        "is there a red or blue circle?",
+        "are there any circles and stars?",
+        "what color is the image?",
+        "is the picture red?",
+        "is the left circle red",
+        "is the circle in the center?",
+        "which object is left of the circle?",
+        "how many colors are there?",
+        "how many shapes are not red?",
+        "draw a circle",
+        "describe the star",
+    ],
+)
+def test_known_words_with_a_meaning_that_was_not_trained(question):
+    assert isinstance(understand(question), Refusal)
+
+
 def test_reason_names_what_is_not_known():
     assert "I do not know the word 'texture'" in understand("what is the texture of the circle?").sentence
     assert "the colours I know" in understand("is there a purple circle?").sentence
