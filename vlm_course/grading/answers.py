@@ -1,4 +1,4 @@
-"""The answer's side of a check: build it, load its parameters, call it, and turn whatever goes wrong into a sentence."""
+"""The answer's side of a check: build it, load its parameters, call it; whatever goes wrong becomes a sentence."""
 
 import contextlib
 import inspect
@@ -93,7 +93,7 @@ class LocalAnswer:
 
     def build(self, construct: dict, positional: bool, device: str = "cpu") -> list[tuple[str, Shape]]:
         self._device = device
-        with self._guard(), torch.device(device):
+        with self._guard(), self._place():
             self._refuse_twin(self._target)
             built = self._target(*construct.values()) if positional else self._target(**construct)
             if inspect.isclass(built) or not isinstance(built, nn.Module):
@@ -112,7 +112,7 @@ class LocalAnswer:
     def call(self, arguments: tuple[Value, ...]) -> Value | Opaque:
         target = self._module if self._module is not None else self._target
         fresh = [v.clone().to(self._device) if isinstance(v, torch.Tensor) else v for v in arguments]
-        with self._guard(), torch.device(self._device):
+        with self._guard(), self._place():
             self._refuse_twin(target)
             result = target(*fresh)
             trainable = self._module is not None and any(p.requires_grad for p in self._module.parameters())
@@ -120,6 +120,9 @@ class LocalAnswer:
                 cut = "The result is cut off from the parameters (detach, .data or no_grad): nothing could be trained."
                 raise Failure("error", cut)
             return plain(result)
+
+    def _place(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._device == "cpu" else torch.device(self._device)
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:

@@ -45,7 +45,7 @@ def step_by_step(image_size, patch_size, vision_dim, llm_dim, text_tokens):
     side = image_size // patch_size
     result = {"image": torch.Size([3, image_size, image_size])}
     result["features"] = [side * side, vision_dim]
-    result["projected"] = result["features"][:1] + [llm_dim]
+    result["projected"] = [*result["features"][:1], llm_dim]
     result["sequence"] = [result["projected"][0] + text_tokens, llm_dim]
     return result
 
@@ -58,7 +58,7 @@ PIPELINE_SHAPES = Exercise(
     minutes=10,
     points=3,
     hints=(
-        "Follow one image: pixels, then one vector a patch, then vectors of the language model's width, then text joins.",
+        "Follow one image: pixels, then one vector a patch, then vectors as wide as the language model, then text.",
         "The bridge changes the width of each token, never their number; joining the text changes the number alone.",
         "With n = (image_size // patch_size) ** 2: features (n, vision_dim), projected (n, llm_dim), and so on.",
     ),

@@ -49,7 +49,7 @@ VISUAL_TOKENS = Exercise(
     minutes=5,
     points=2,
     hints=(
-        "The vision tower cuts the image into squares of patch_size x patch_size pixels. Each square becomes one token.",
+        "The vision tower cuts the image into squares of patch_size x patch_size pixels. Each becomes one token.",
         "Count how many whole squares fit along the height, and how many along the width. They need not be equal.",
         "`height // patch_size` squares fit along the height. Multiply by the same count for the width.",
     ),
@@ -72,7 +72,7 @@ VISUAL_TOKENS = Exercise(
             lambda h, w, p: round(h / p) * round(w / p),
         ),
         "area divided": Mistake(
-            "You divide the area by the area of a patch: the leftover strips of the two sides do not add up to patches.",
+            "You divide the area by the area of a patch: leftover strips do not add up to patches.",
             lambda h, w, p: (h * w) // (p * p),
         ),
         "height squared": Mistake(

@@ -98,7 +98,7 @@ PERCEIVER_RESAMPLER = Exercise(
     hints=(
         "The latents are an nn.Parameter of shape [queries, dim]: one copy for each image of the batch, by expand.",
         "Queries come from the normed latents; keys and values from the normed media followed by the normed latents.",
-        "latents = latents + to_out(attention), then latents = latents + feed_forward(latents); a LayerNorm at the end.",
+        "latents = latents + to_out(attention), then latents + feed_forward(latents); a LayerNorm at the end.",
     ),
     attribute="PerceiverResampler",
     twin="vlm_course.bridges:PerceiverResampler",

@@ -58,7 +58,7 @@ PROJECTION_SHARE = Exercise(
             "You divide with //, which rounds down to 0: use /.", lambda v, d, n: exact(v, d) // n
         ),
         "of the whole model": Mistake(
-            "You divide by language model and bridge together: the question is how it compares with the language model.",
+            "You divide by language model and bridge together: compare with the language model alone.",
             lambda v, d, n: exact(v, d) / (n + exact(v, d)),
         ),
         "7B bridge always": Mistake(

@@ -154,7 +154,7 @@ MISTAKES = {
         "Your queries are the media, so every token comes back: the latents ask, the media are read.", MediaAsQueries
     ),
     "latents changed in place": wrong(
-        "A second call gives another result: the learned latents are changed in place, so expand them into a new tensor.",
+        "A second call gives another result: nothing may change in between, neither latents in place nor by dropout.",
         in_place=True,
     ),
 }

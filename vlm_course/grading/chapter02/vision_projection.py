@@ -236,7 +236,7 @@ VISION_PROJECTION = Exercise(
             "You merged batch and tokens: nn.Linear works on the last dimension and leaves the others alone.", Flattened
         ),
         "dropout": Mistake(
-            "You added dropout: the bridge gives the same result for the same features every time.",
+            "A second call gives another result: dropout or other noise does not belong into this bridge.",
             lambda v, d: bridge(nn.Linear(v, d), nn.GELU(), nn.Dropout(0.5), nn.Linear(d, d)),
         ),
     },
