@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 PACKAGE = Path(__file__).resolve().parent
 SHOWN = ("torch", "torchvision", "transformers", "timm", "jupyterlab", "ipywidgets", "matplotlib")
+WEIGHTS = ("small_towers.safetensors", "small_language.safetensors")
 REINSTALL = "pip install -c constraints.txt -e ."
 FREE_GB, MEMORY_GB = 1.0, 3.0  # what training runs and notebooks write; two and a half for a notebook, and the system
 
@@ -112,21 +113,21 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def judge_weights(folder: Path) -> Finding:
-    """Whether every weight file of the shipped models is there and whole."""
+def judge_weights(folder: Path, names: tuple[str, ...] = WEIGHTS) -> Finding:
+    """Whether every weight file of the shipped model is there and whole."""
     from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
+    for name in names:
+        remedy = f"git checkout -- vlm_course/pretrained/{name}"
         try:
-            with safe_open(file, framework="numpy") as weights:
+            with safe_open(folder / name, framework="numpy") as weights:
                 len(weights.keys())
+        except FileNotFoundError:
+            return Finding("shipped weights", PROBLEM, f"{name} is missing", remedy)
         except (SafetensorError, OSError) as error:
-            return Finding("shipped weights", PROBLEM, f"{file.name}: {error}", f"git checkout -- {file.name}")
-    if not files:
-        return Finding("shipped weights", PROBLEM, "none found", "Clone the repository again: it holds them.")
-    size = sum(file.stat().st_size for file in files) / 1e6
-    return Finding("shipped weights", OK, f"{len(files)} files, {size:.0f} MB")
+            return Finding("shipped weights", PROBLEM, f"{name}: {error}", remedy)
+    size = sum((folder / name).stat().st_size for name in names) / 1e6
+    return Finding("shipped weights", OK, f"{len(names)} files, {size:.0f} MB")
 
 
 def _weights() -> Finding:

@@ -28,15 +28,24 @@ def test_a_missing_package_is_a_problem_with_a_remedy():
     assert (finding.subject, finding.status, finding.remedy) == ("timm", doctor.PROBLEM, doctor.REINSTALL)
 
 
-def test_damaged_weights_are_named(tmp_path):
-    assert doctor.judge_weights(tmp_path).status == doctor.PROBLEM
-    save_file({"weight": numpy.zeros((4, 4), dtype=numpy.float16)}, tmp_path / "model.safetensors")
-    assert doctor.judge_weights(tmp_path).status == doctor.OK
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    finding = doctor.judge_weights(tmp_path)
+def test_missing_and_damaged_weights_are_named(tmp_path):
+    names = ("towers.safetensors", "language.safetensors")
+    for name in names:
+        finding = doctor.judge_weights(tmp_path, names)
+        assert (finding.status, finding.found) == (doctor.PROBLEM, f"{name} is missing")
+        save_file({"weight": numpy.zeros((4, 4), dtype=numpy.float16)}, tmp_path / name)
+    assert doctor.judge_weights(tmp_path, names).status == doctor.OK
+    whole = (tmp_path / names[1]).read_bytes()
+    (tmp_path / names[1]).write_bytes(whole[: len(whole) // 2])
+    finding = doctor.judge_weights(tmp_path, names)
     assert finding.status == doctor.PROBLEM
-    assert "model.safetensors" in finding.found
+    assert names[1] in finding.found
+
+
+def test_it_looks_for_the_files_that_the_package_loads():
+    from vlm_course import pretrained
+
+    assert doctor.WEIGHTS == (pretrained.TOWERS, pretrained.LANGUAGE)
 
 
 def test_a_full_disk_is_a_problem(monkeypatch, tmp_path):
