@@ -56,7 +56,7 @@ def test_each_exercise_gets_its_own_points(chapter, tmp_path):
 
     points = points_by_exercise(solved)
     room.submit("solved", classroom.solve(student, solved, points))
-    room.submit("unsolved", student)
+    room.submit("unsolved", classroom.solve(student, solved, [], keep_ordinary_cells=False))
     for exercise in points:
         only = classroom.solve(student, solved, [exercise], keep_ordinary_cells=False)
         room.submit(f"only_{exercise}", only)
