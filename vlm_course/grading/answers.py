@@ -97,7 +97,11 @@ class LocalAnswer:
             self._refuse_twin(self._target)
             built = self._target(*construct.values()) if positional else self._target(**construct)
             if inspect.isclass(built) or not isinstance(built, nn.Module):
-                kind = "a class, not an object" if inspect.isclass(built) else f"a {type(built).__name__}"
+                kind = (
+                    "a class, not an object"
+                    if inspect.isclass(built)
+                    else f"an object of the class {type(built).__name__}"
+                )
                 raise Failure("error", f"This should make an nn.Module; it makes {kind}.")
             for part in built.modules():
                 self._refuse_twin(type(part))

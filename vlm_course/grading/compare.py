@@ -76,7 +76,7 @@ def show(value: Value | Opaque) -> str:
         )
     if isinstance(value, dict):
         return "a dict with the keys " + ", ".join(map(repr, value))
-    return "nothing" if value is None else f"a {value.kind}"
+    return "nothing" if value is None else f"an object of the class {value.kind}"
 
 
 def difference(got: Value | Opaque, want: Value) -> str:

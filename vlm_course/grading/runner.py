@@ -15,6 +15,7 @@ from vlm_course.grading.compare import Opaque
 from vlm_course.grading.examine import examine
 from vlm_course.grading.exercise import Exercise, Shape, Tensors, Value, Verdict
 from vlm_course.grading.extract import SourceError, read
+from vlm_course.grading.quiz import Question
 
 _MOST_OUTPUT = 10 * 2**20  # bytes that an answer may print
 
@@ -41,9 +42,9 @@ class RemoteAnswer:
         # Importing torch counts for nobody: a cold start on a busy machine can take a minute.
         self._ask("start", 120.0, memory_gb=memory_gb)
 
-    def define(self, path: Path, exercise: Exercise) -> None:
-        """Run the definition that answers an exercise, and what it needs."""
-        self._ask("define", path=str(path), name=exercise.attribute, off_limits=exercise.off_limits)
+    def define(self, path: Path, name: str, off_limits: tuple[str, ...] = ()) -> None:
+        """Run the definition of `name`, and what it needs."""
+        self._ask("define", path=str(path), name=name, off_limits=off_limits)
 
     def build(self, construct: dict, positional: bool, device: str = "cpu") -> list[tuple[str, Shape]]:
         shapes = self._ask("build", construct=construct, positional=positional, device=device)
@@ -180,13 +181,14 @@ def check_file(
     Each answer runs in a process of its own: `time_limit` seconds a call, `memory_gb` beyond what torch takes.
     """
     chapter = f"{int(chapter):02d}" if str(chapter).isdigit() else str(chapter)
-    chosen = [item for item in registry.exercises().values() if item.chapter == chapter]
+    everything = [*registry.exercises().values(), *registry.questions().values()]
+    chosen = [item for item in everything if item.chapter == chapter]
     if not chosen:
-        known = sorted({item.chapter for item in registry.exercises().values()})
+        known = sorted({item.chapter for item in everything})
         return Report((), f"Chapter {chapter} has no exercises to check; chapters {', '.join(known)} have.")
     if exercise is not None:
         names = ", ".join(item.name for item in chosen)
-        chosen = [item for item in chosen if exercise in (item.name, item.attribute)]
+        chosen = [item for item in chosen if exercise in (item.name, getattr(item, "attribute", None))]
         if not chosen:
             return Report((), f"Chapter {chapter} has no exercise {exercise!r}; it has {names}.")
     path = Path(file) if file is not None else learner_notebook(chapter)
@@ -210,10 +212,14 @@ def check_file(
     return Report(tuple(results))
 
 
-def _check(item: Exercise, worker: RemoteAnswer, path: Path, seeds: tuple[int, ...]) -> Result:
+def _check(item: Exercise | Question, worker: RemoteAnswer, path: Path, seeds: tuple[int, ...]) -> Result:
     try:
-        worker.define(path, item)
-        verdicts = [examine(item, worker, seed) for seed in seeds]
+        if isinstance(item, Question):
+            worker.define(path, item.name)
+            verdicts = [item.judge(worker.call(()))]
+        else:
+            worker.define(path, item.attribute, item.off_limits)
+            verdicts = [examine(item, worker, seed) for seed in seeds]
         verdict = next((v for v in verdicts if not v.passed), verdicts[0])
     except Failure as failure:
         verdict = Verdict(False, failure.says, attempted=failure.kind != "not_attempted")

@@ -67,6 +67,8 @@ def serve(requests, replies) -> None:
                     reply = {"result": None}
                 case "define":
                     target = define(Path(request["path"]), request["name"])
+                    # A choice may be a plain value; asked for, it gives itself.
+                    target = target if callable(target) else lambda value=target: value
                     answer = LocalAnswer(target, tuple(request["off_limits"]))
                     reply = {"result": None}
                 case "build":

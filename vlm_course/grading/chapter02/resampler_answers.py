@@ -72,10 +72,15 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.rounds = [0] * depth if shared else [0] if only_first else list(range(depth))
         self.last_norm, self.in_place, self.pooled, self.no_batch = last_norm, in_place, pooled, no_batch
-        self.switches = dict(
-            how=how, media_norm=media_norm, latent_norm=latent_norm, keys=keys, residual=residual,
-            ff_residual=ff_residual, run_ff=run_ff and feed_forward,
-        )  # fmt: skip
+        self.switches = {
+            "how": how,
+            "media_norm": media_norm,
+            "latent_norm": latent_norm,
+            "keys": keys,
+            "residual": residual,
+            "ff_residual": ff_residual,
+            "run_ff": run_ff and feed_forward,
+        }
 
     def forward(self, media):
         if self.no_batch:
