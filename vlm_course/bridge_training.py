@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -29,7 +28,6 @@ from vlm_course.training import Stage, fit
 from vlm_course.worlds.dialogs import KINDS, Dialogs
 from vlm_course.worlds.scenes import render, sample
 
-RESULTS = "bridge_training.json"
 PLAN = Stage("instruct", trains=("bridge.", "decoder."), steps=1500, batch=256, lr=1e-3)
 TURNS, TEXT = 8, 136  # questions an image, tokens of text
 
@@ -131,11 +129,6 @@ def compare(
     hardware = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
     made = {"seed": seed, "steps": plan.steps, "batch": plan.batch, "lr": plan.lr, "scenes": scenes}
     return made | {"hardware": hardware, "rows": rows}
-
-
-def stored() -> dict:
-    """The comparison that ships with the course."""
-    return json.loads(files("vlm_course").joinpath(RESULTS).read_text(encoding="utf-8"))
 
 
 def main() -> None:
