@@ -38,7 +38,7 @@ print(f"About 60 minutes of your time. {measured('00_two_modalities')}")
 
 # %%
 predict("p_0_1", "A small VLM is asked for the colour of one object, but gets a black picture. How often is it right?",
-        {"a": "never", "b": "now and then, as a guess would be", "c": "in more than half of the cases"})
+        {"a": "hardly ever, less than a guess", "b": "as often as a guess", "c": "in more than half of the cases"})
 
 # %%
 predict("p_0_2", "In LLaVA-1.5 7B, how many of all the parameters sit in the bridge between eyes and words?",
@@ -215,7 +215,7 @@ for name in ("vision", "bridge", "decoder"):
 
 # %%
 share = count(real["7B"].bridge) / count(real["7B"])
-reveal("p_0_2", "a", because=f"the bridge holds {share:.2%} of the parameters of LLaVA-1.5 7B.")
+reveal("p_0_2", "a", because=f"The bridge holds {share:.2%} of the parameters of LLaVA-1.5 7B.")
 
 # %% [markdown]
 # ### Two models must not be mixed
@@ -418,7 +418,7 @@ for layer, (effect, answer) in enumerate(zip(path.effect.mean(1), path.answers, 
     print(f"layer {layer}: the picture moves the words by {effect:.2f} of their length; answer here: {answer}")
 
 # %%
-reveal("p_0_3", "a", because=f"at layer 0 the words move by {path.effect[0].mean():.2f} of their length.")
+reveal("p_0_3", "a", because=f"At layer 0 the words move by {path.effect[0].mean():.2f} of their length.")
 
 # %% [markdown]
 # This is the merging, measured. The bridge puts patches and words into one row. **Attention** then carries the
@@ -510,11 +510,16 @@ for kind in ("colour", "count", "relation"):
     print(f"{kind:12s}" + "".join(f"{value:12.2f}" for value in (*scores[kind].values(), commonest)))
 
 # %%
-reveal("p_0_1", "b", because=f"with a black picture {scores['colour']['black']:.2f} of the colours are right.")
+reveal("p_0_1", "a", because=f"With a black picture {scores['colour']['black']:.2f} of the colours are right.")
+
+# %%
+for text in ("what color is the star?", "how many objects are there?", "describe the image."):
+    print(f"{text:30s} {ask(black, text, length=8)}")
 
 # %% [markdown]
-# With its own picture the model is right nearly always. With a black or a wrong picture it falls to the level of a
-# guess. So the answers come from the picture. Every score in this course stands beside such controls.
+# With its own picture the model is right. With the black one it does worse than a guess: it never met such a picture,
+# and what it says is no guess but noise. The fairer control is **another scene**. There it answers about what it sees,
+# and is right no more often than the commonest answer. Every score in this course stands beside its controls.
 
 # %% [markdown]
 # ### Pictures that nobody here made
@@ -535,8 +540,8 @@ for text, truth, number in zip(texts, truths, numbers, strict=True):
         print(f"{text:50s} {ask(outside, text):12s} truth: {truth}")
 
 # %% [markdown]
-# And a photograph? The model has never seen one. It answers all the same, in the only words it has: fluent words
-# are no evidence of sight. `vlm-course ask` warns when a picture is too far from the scenes it knows.
+# And a photograph? The model has never seen one. It answers all the same, in the only words it has, and nothing in the
+# answer says that it does not know. That is why `vlm-course ask` measures how far a picture is from the scenes, and warns.
 
 # %%
 from skimage.data import astronaut

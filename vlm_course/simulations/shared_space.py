@@ -222,7 +222,7 @@ def _draw_merging(pixels: Tensor, follow: Callable[[int], Journey], layer: int, 
     middle.set(title=f"layer {layer} of {layers} ({kept:.0%} of variance)", xticks=[], yticks=[])
     middle.legend(loc="best")
     right.barh(range(len(words)), effect.tolist(), color=TEXT)
-    right.set(title="moved by the picture", xlim=(0, 1.5), yticks=range(len(words)), yticklabels=words)
+    right.set(title="moved by the picture", xlim=(0, 3), yticks=range(len(words)), yticklabels=words)
     right.invert_yaxis()
 
     place = "before the first block" if layer == 0 else f"after block {layer} of {layers}"
