@@ -79,6 +79,7 @@ def test_prints_and_wrong_output_do_not_disturb(tmp_path):
 def test_only_what_an_answer_needs_is_run(tmp_path):
     cells = [
         "import math\nSPARE = 2",
+        "for vision_dim in range(3):\n    projection_parameters(vision_dim, 1)",
         "%matplotlib inline\n!rm nothing",
         "raise RuntimeError('a cell that trains for an hour')",
         "def helper(n):\n    return n + SPARE",
@@ -140,3 +141,12 @@ def test_the_learners_notebook_is_found(tmp_path, monkeypatch):
     for folder in (tmp_path, work):
         monkeypatch.chdir(folder)
         assert check_file("2", "projection_parameters").exit_code == 0
+
+
+@pytest.mark.parametrize("chapter", ["00", "02"])
+def test_the_courses_own_solutions_get_full_marks(chapter):
+    from pathlib import Path
+
+    (source,) = (Path(__file__).parents[2] / "solutions").glob(f"{chapter}_*.py")
+    report = check_file(chapter, file=source, seeds=(2,), time_limit=60)
+    assert report.exit_code == 0, str(report)

@@ -76,13 +76,26 @@ def statements(pieces: list[Piece]) -> tuple[list[Statement], list[tuple[Piece, 
     return found, broken
 
 
-def _uses(node: ast.stmt) -> frozenset[str]:
-    return frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+def _uses(node: ast.AST) -> frozenset[str]:
+    """Names that the node reads from outside: a function's arguments and own variables are not among them."""
+    inner = frozenset().union(*map(_uses, ast.iter_child_nodes(node)))
+    if isinstance(node, ast.Name):
+        return frozenset({node.id}) if isinstance(node.ctx, ast.Load) else inner
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        local = {n.arg for n in ast.walk(node.args) if isinstance(n, ast.arg)}
+        body = node.body if isinstance(node.body, list) else [node.body]
+        local |= {
+            n.id for part in body for n in ast.walk(part) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        return inner - local
+    return inner
 
 
 def _binds(node: ast.stmt) -> frozenset[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
         return frozenset({node.name})
+    if isinstance(node, ast.For | ast.While | ast.With):
+        return frozenset()  # such statements train, plot and print; definitions do not come from them
     names: set[str] = set()
     for inner in ast.walk(node):
         if isinstance(inner, ast.Import | ast.ImportFrom):
