@@ -1,0 +1,176 @@
+"""Training: what learns in a stage, how the learning rate moves, and a loop that can stop anywhere and go on.
+
+A stage is one objective over one set of parts. LLaVA has two: align (only the bridge learns, on captions) and instruct
+(the bridge and the language model learn, on conversations); the vision tower is frozen in both. Source: LLaVA-1.5
+(Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning"), section 3 and table 9.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a training.
+
+    Attributes:
+        name: of the stage, and of its checkpoint file.
+        trains: prefixes of the parameter names that learn; everything else is frozen.
+        steps, batch: optimizer steps and images a step.
+        lr: greatest learning rate; `lrs` overrides it by prefix.
+        warmup: share of the steps in which the rate rises from zero; afterwards a cosine falls to `final` of the peak.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    steps: int
+    batch: int
+    lr: float
+    lrs: tuple[tuple[str, float], ...] = ()
+    weight_decay: float = 0.05
+    warmup: float = 0.03
+    final: float = 0.02
+    clip: float = 1.0
+
+
+class Paused(Exception):
+    """The time limit came first; the checkpoint is written, the same call goes on from there."""
+
+
+def learning_rate(step: int, *, steps: int, peak: float, warmup: float = 0.03, final: float = 0.02) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to `final * peak`, at optimizer step 0..steps-1."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    progress = (step - rise) / max(1, steps - 1 - rise)
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> list[str]:
+    """Let exactly the parameters learn whose names start with one of `trains`; frozen modules go to eval mode.
+
+    Returns:
+        the names of the parameters that learn.
+
+    Raises:
+        ValueError: a prefix fits no parameter of the model.
+    """
+    trains = tuple(trains)
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in trains:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(
+                f"no parameter starts with {prefix!r}; the model's parts are {sorted({n.split('.')[0] for n in names})}"
+            )
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(trains))
+    for module in model.modules():
+        own = list(module.parameters())
+        if own and not any(p.requires_grad for p in own):
+            module.eval()
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def parameter_groups(model: nn.Module, stage: Stage) -> list[dict]:
+    """Optimizer groups of the parameters that learn: one for each rate, with and without weight decay.
+
+    Vectors (biases, norms, the class token) are not decayed; matrices are.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            lr = next((rate for prefix, rate in stage.lrs if name.startswith(prefix)), stage.lr)
+            decay = stage.weight_decay if parameter.dim() >= 2 else 0.0
+            groups.setdefault((lr, decay), []).append(parameter)
+    return [{"params": ps, "peak": lr, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+
+
+def save_atomically(state: object, path: Path) -> None:
+    """torch.save that never leaves half a file: written beside the target, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(path.suffix + ".part")
+    with beside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def fit(
+    model: nn.Module,
+    stage: Stage,
+    loss_at: Callable[[int], Tensor],
+    *,
+    checkpoint: Path,
+    autocast: torch.dtype | None = None,
+    deadline: float | None = None,
+    save_every: float = 60.0,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Train one stage from its checkpoint, or from the start where there is none.
+
+    Args:
+        loss_at: the loss of optimizer step s; it must draw its data from s alone, so that a resumed run sees the same.
+        checkpoint: file with weights, optimizer and step, replaced atomically every `save_every` seconds and at the end.
+        autocast: e.g. torch.bfloat16 on a GPU; weights and optimizer stay in float32.
+        deadline: time.monotonic() after which the stage is saved and `Paused` is raised.
+
+    Raises:
+        Paused: see `deadline`.
+        FloatingPointError: the loss is no longer finite.
+    """
+    freeze_all_but(model, stage.trains)
+    device = next(model.parameters()).device
+    groups = parameter_groups(model, stage)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
+    learning = [p for group in groups for p in group["params"]]
+    start = 0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+
+    def save(step: int) -> None:
+        save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
+
+    began = saved = time.monotonic()
+    every = max(1, stage.steps // 10)
+    for step in range(start, stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step, steps=stage.steps, peak=group["peak"], warmup=stage.warmup, final=stage.final
+            )
+        with torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
+            loss = loss_at(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, stage.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % every == 0 or step + 1 == stage.steps:
+            value, now = loss.item(), time.monotonic()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{stage.name}: the loss is {value} at step {step + 1}; try a lower rate")
+            speed = (step + 1 - start) * stage.batch / (now - began)
+            log(
+                f"{stage.name:<12} step {step + 1:>6}/{stage.steps}  loss {value:.4f}  {speed:,.0f} images/s  {now - began:.0f} s"
+            )
+        now = time.monotonic()
+        if deadline is not None and now > deadline:
+            save(step + 1)
+            raise Paused(f"{stage.name} paused after step {step + 1} of {stage.steps}")
+        if now - saved > save_every:
+            save(step + 1)
+            saved = now
+    save(stage.steps)
