@@ -672,7 +672,7 @@ print(f"another scene                 exact {experiment.other_image.accuracy():.
 # %%
 before, after = tokens, experiment.turned(90)
 print("lengths equal:  ", torch.allclose(before.norm(dim=-1), after.norm(dim=-1), atol=1e-3))
-print("distances equal:", torch.allclose(torch.pdist(before[0]), torch.pdist(after[0]), atol=1e-3))  # [N, D] -> all pairs
+print("distances equal:", torch.allclose(torch.pdist(before[0]), torch.pdist(after[0]), atol=1e-3))
 right, turned = experiment.measure(0).score.accuracy(), experiment.measure(90).score.accuracy()
 other = experiment.other_image.accuracy()
 reveal("p_2_2", "c", because=f"Exact answers fall from {right:.2f} to {turned:.2f}; "
