@@ -103,7 +103,8 @@ def _ask(outcome: Outcome, boxes: str | Path | None, trace: bool) -> str:
         )
     found = answer(reader, intent)
     outcome.answer, outcome.confidence = found.text, round(found.probability, 4)
-    if found.probability < UNSURE:
+    # Neighbouring numbers share the probability of a coordinate, so a low one says little about a place.
+    if found.probability < UNSURE and intent.kind not in ("box", "point"):
         outcome.warnings.append(f"the model is not sure (probability {found.probability:.2f})")
     marks = point_out(reader, intent, found) if target or intent.kind in ("box", "point") else []
     outcome.boxes = [_in_file_pixels(mark, picture) for mark in marks]

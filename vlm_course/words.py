@@ -10,16 +10,15 @@ from .lexicon import LEXICON, NOT_TYPOS, REASON_OF
 
 _PHRASES = [
     (r"n['’]t\b", " not"),
-    (r"\bcannot\b|\bcan not\b", "can"),
+    (r"\bcannot\b|\bcan not\b|\bca\b", "can"),
     (r"\b(what|which|where|how|there|it|that|here)['’]?s\b(?<!its)", r"\1 is"),
     (r"\bwhats\b", "what is"),
     (r"['’]s\b", " 's "),
     (r"['’](d|ll|ve|re)\b", " would"),
     (r"[-,;:.?!\"'’()](?!s\b)", " "),
     (r"\s+", " "),
-    # A question tag, and a negated yes-no question ("isn't there a star?"), expect the positive statement.
+    # A question tag asks whether the statement before it is true.
     (r"^(there .*) (is|are) (not )?(there|it) ?$", r"\1"),
-    (r"^(please )?(is|are|do|does|can|could|has|have) not (there|the image|the picture|the scene|you|i)\b", r"\2 \3"),
     (r"\b(yes or no|true or false|is it true that|is it the case that|make sure that)\b", "whether"),
     (r"\b(would like|want|wish|need|have) to (know|see)\b", "tell"),
     (r"\bi (would like|want|wish|need)\b", "tell"),
@@ -36,14 +35,14 @@ _PHRASES = [
 ]
 
 
+# "isn't there a star?" expects a yes where there is one; "is there not a star?" asks for absence.
+_CONTRACTED = r"^\W*(please )?(is|are|do|does|ca|could|has|have)n['’]t\b", r"\1\2"
+
+
 def rewrite(question: str) -> list[str]:
     """The words of a question in lower case, without punctuation, with several wordings reduced to one."""
     text = unicodedata.normalize("NFKC", question).lower()
-    # "is there not a star" asks for absence; only the contraction asks for a yes.
-    contracted = re.match(r"\W*(please )?\w+n['’]t\b", text)
-    for pattern, replacement in _PHRASES:
-        if pattern.startswith("^(please") and not contracted:
-            continue
+    for pattern, replacement in (_CONTRACTED, *_PHRASES):
         text = re.sub(pattern, replacement, text).strip()
     return text.split()
 
