@@ -19,6 +19,7 @@ from .scope import QuestionError, Refusal, understand
 if TYPE_CHECKING:
     from .drawing import Mark
     from .reader import Reader
+    from .trace import TraceRow
 
 MAX_SIDE = 1024  # the model sees 96 pixels; more than this is only for the picture with the boxes
 UNSURE = 0.6
@@ -34,7 +35,7 @@ class Outcome:
         confidence: probability of the answer's tokens.
         boxes: label and corners (x, y, x, y in pixels of the file) of what the answer is about; a point has equal ones.
         steps: every question that was put to the model, with its reply and the probability of that.
-        trace: with `--trace`, a row for every tensor; else empty.
+        trace: with `--trace`, a row for every tensor; else empty. JSON has the same fields as `trace.to_json`.
     """
 
     image: str
@@ -46,7 +47,25 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
     boxes: list[dict] = field(default_factory=list)
     steps: list[dict] = field(default_factory=list)
-    trace: list[dict] = field(default_factory=list)
+    trace: list[TraceRow] = field(default_factory=list)
+
+
+def ask(image: str | Path, question: str, *, boxes: str | Path | None = None, trace: bool = False) -> Outcome:
+    """Put one question about one image to the shipped model.
+
+    Args:
+        boxes: draw what the answer is about into this image file.
+        trace: list every tensor on the way to the answer.
+
+    Returns:
+        the outcome; where the image or the question cannot be used, its `error` says why and nothing is raised.
+    """
+    outcome = Outcome(str(image), question)
+    try:
+        _ask(outcome, boxes, trace)
+    except (ImageFileError, QuestionError, _Unusable) as error:
+        outcome.error = str(error)
+    return outcome
 
 
 def main(
@@ -62,11 +81,7 @@ def main(
     Returns:
         0 with an answer, 2 where the image or the question cannot be used.
     """
-    outcome, table = Outcome(str(image), question), ""
-    try:
-        table = _ask(outcome, boxes, trace)
-    except (ImageFileError, QuestionError, _Unusable) as error:
-        outcome.error = str(error)
+    outcome = ask(image, question, boxes=boxes, trace=trace)
     if json:
         print(jsonlib.dumps(asdict(outcome), indent=2, ensure_ascii=False))
     else:
@@ -75,7 +90,11 @@ def main(
         if outcome.error:
             print(outcome.error, file=sys.stderr)
         else:
-            print("\n".join([outcome.answer, *map(_in_words, outcome.boxes), *([table] if table else [])]))
+            print("\n".join([outcome.answer, *map(_in_words, outcome.boxes)]))
+            if outcome.trace:
+                from .trace import format_table
+
+                print(format_table(outcome.trace))
     return 2 if outcome.error else 0
 
 
@@ -83,7 +102,7 @@ class _Unusable(ValueError):
     pass
 
 
-def _ask(outcome: Outcome, boxes: str | Path | None, trace: bool) -> str:
+def _ask(outcome: Outcome, boxes: str | Path | None, trace: bool) -> None:
     target = _check_target(boxes, outcome.image)
     intent = understand(outcome.question)
     picture = load_image(outcome.image, max_side=MAX_SIDE)
@@ -115,7 +134,8 @@ def _ask(outcome: Outcome, boxes: str | Path | None, trace: bool) -> str:
         if not marks:
             outcome.warnings.append("there is nothing to point to, so the picture has no boxes")
     outcome.steps = [asdict(reply) | {"probability": round(reply.probability, 4)} for reply in reader.replies]
-    return _trace(outcome, reader) if trace else ""
+    if trace:
+        outcome.trace = _trace(outcome, reader)
 
 
 def _check_target(boxes: str | Path | None, image: str) -> Path | None:
@@ -146,11 +166,9 @@ def _in_words(place: dict) -> str:
     return f"{place['label']}: pixels x {left:.0f} to {right:.0f}, y {top:.0f} to {bottom:.0f}"
 
 
-def _trace(outcome: Outcome, reader: Reader) -> str:
+def _trace(outcome: Outcome, reader: Reader) -> list[TraceRow]:
     import torch
 
-    from .trace import format_table, to_json, trace
+    from .trace import trace
 
-    rows = trace(reader.model, torch.tensor([reader.prompt(outcome.understood)]), reader.pixels)
-    outcome.trace = jsonlib.loads(to_json(rows))
-    return format_table(rows)
+    return trace(reader.model, torch.tensor([reader.prompt(outcome.understood)]), reader.pixels)

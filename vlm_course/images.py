@@ -45,10 +45,10 @@ def clip_preprocess(image: Image.Image, *, size: int = 336) -> torch.Tensor:
 
 def border_colour(image: Image.Image) -> tuple[int, int, int]:
     """Mean colour of the outermost ring of pixels, as (red, green, blue) in 0..255."""
-    pixels = np.array(image.convert("RGB"), dtype=np.float64)  # [H, W, 3]
+    pixels = np.asarray(image.convert("RGB"))  # [H, W, 3]
     ring = np.ones(pixels.shape[:2], dtype=bool)
     ring[1:-1, 1:-1] = False
-    return tuple(round(channel) for channel in pixels[ring].mean(axis=0))
+    return tuple(round(channel) for channel in pixels[ring].mean(axis=0, dtype=np.float64))
 
 
 def small_preprocess(image: Image.Image, *, size: int = 96) -> torch.Tensor:
