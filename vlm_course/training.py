@@ -122,7 +122,8 @@ def fit(
 
     Args:
         loss_at: the loss of optimizer step s; it must draw its data from s alone, so that a resumed run sees the same.
-        checkpoint: file with weights, optimizer and step, replaced atomically every `save_every` seconds and at the end.
+        checkpoint: file with weights, optimizer and step, replaced atomically every `save_every` seconds and at the
+            end.
         autocast: e.g. torch.bfloat16 on a GPU; weights and optimizer stay in float32.
         deadline: time.monotonic() after which the stage is saved and `Paused` is raised.
 
@@ -164,7 +165,8 @@ def fit(
                 raise FloatingPointError(f"{stage.name}: the loss is {value} at step {step + 1}; try a lower rate")
             speed = (step + 1 - start) * stage.batch / (now - began)
             log(
-                f"{stage.name:<12} step {step + 1:>6}/{stage.steps}  loss {value:.4f}  {speed:,.0f} images/s  {now - began:.0f} s"
+                f"{stage.name:<12} step {step + 1:>6}/{stage.steps}  loss {value:.4f}  {speed:,.0f} images/s  "
+                f"{now - began:.0f} s"
             )
         now = time.monotonic()
         if deadline is not None and now > deadline:

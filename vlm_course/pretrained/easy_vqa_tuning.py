@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..evaluation import easy_vqa_images, easy_vqa_questions, pad_sequences
+from ..easy_vqa import easy_vqa_images, easy_vqa_questions, pad_sequences
 from ..loss import response_loss
 from ..training import Stage, fit
 from . import FOLDER, Small, load_small

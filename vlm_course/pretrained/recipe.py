@@ -3,7 +3,8 @@
 1. contrastive: vision tower and text tower learn which caption belongs to which image (CLIP's loss).
 2. language: the decoder reads conversations about scenes that it cannot see, and learns how they go.
 3. align: both are frozen; the bridge learns to caption (LLaVA's stage 1).
-4. instruct: bridge and decoder learn on conversations of several turns an image (LLaVA's stage 2); the tower stays frozen.
+4. instruct: bridge and decoder learn on conversations of several turns an image (LLaVA's stage 2); the tower stays
+   frozen.
 
 Every step draws its data from (seed, stage, step) alone, so a run that was interrupted sees the same data again.
 """
@@ -41,9 +42,18 @@ STAGES = (
 )
 
 # How often each kind of question is asked in the instruct stage: more of what is harder.
-MIX = dict(
-    colour=1.0, shape=1.0, size=0.7, count=1.0, existence=1.3, relation=1.5, check=0.8, point=0.5, box=1.5, caption=0.9
-)
+MIX = {
+    "colour": 1.0,
+    "shape": 1.0,
+    "size": 0.7,
+    "count": 1.0,
+    "existence": 1.3,
+    "relation": 1.5,
+    "check": 0.8,
+    "point": 0.5,
+    "box": 1.5,
+    "caption": 0.9,
+}
 
 
 def build_contrastive(config: LlavaConfig, tokenizer: WordTokenizer) -> ContrastiveModel:

@@ -1,9 +1,9 @@
 """Scenes: one to six coloured shapes on a light ground, drawn in vectorised torch with exact ground truth.
 
 Everything is a tensor with a leading batch dimension and lives on one device, so a GPU draws its own training data.
-Images are 96 x 96 pixels. Coordinates are (x right, y down) in pixels, the origin at the upper left corner of the image;
-boxes are xyxy. Six pairs of shape and colour (`HELD_OUT`) never occur in the "train" split, so that a test can ask
-whether a model combines a shape and a colour that it never saw together.
+Images are 96 x 96 pixels. Coordinates are (x right, y down) in pixels, the origin at the upper left corner of the
+image; boxes are xyxy. Six pairs of shape and colour (`HELD_OUT`) never occur in the "train" split, so that a test can
+ask whether a model combines a shape and a colour that it never saw together.
 """
 
 from __future__ import annotations
@@ -287,9 +287,8 @@ def render(scenes: Scenes, *, noise: float = 0.03, generator: torch.Generator | 
         x, y = (dx * cos + dy * sin) / radius, (-dx * sin + dy * cos) / radius
         distance = _distances(x, y, scenes.aspect[:, k])  # [6, B, P]
         mine = distance.gather(0, scenes.shape[:, k].view(1, n, 1).expand(1, n, distance.shape[2]))[0]
-        cover = (0.5 - mine * radius * sharpness).clamp(0, 1) * scenes.present[
-            :, k, None
-        ]  # share of each pixel: [B, P]
+        cover = (0.5 - mine * radius * sharpness).clamp(0, 1)  # share of each pixel: [B, P]
+        cover = cover * scenes.present[:, k, None]
         image = image + cover[:, None] * (scenes.rgb[:, k, :, None] - image)
     if noise:
         level = _uniform((n, 1, 1), 0, noise, generator, device)

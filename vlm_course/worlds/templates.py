@@ -1,8 +1,8 @@
 """What people ask about a scene, as templates over slots, and their encoding as integer tables.
 
 A template is a string of words and slots: "what color is the {size} {shape} ?". Encoded, a word is its id and slot
-number s is -1 - s, so that filling a whole batch of questions is one gather (`fill`). A slot may be empty (id 0, <pad>);
-`compact` closes the gaps.
+number s is -1 - s, so that filling a whole batch of questions is one gather (`fill`). A slot may be empty (id 0,
+<pad>); `compact` closes the gaps.
 """
 
 from __future__ import annotations

@@ -1,0 +1,95 @@
+"""What every measurement shares: answers taken from a model in batches, numbers read out of them, a table to print."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .generation import generate
+from .llava import Llava
+from .tokenizer import WordTokenizer
+from .worlds.dialogs import LOCATIONS, from_grid
+
+Table = dict[str, dict[str, float]]  # measure -> column -> value
+
+
+@torch.no_grad()
+def encode_in_batches(model: Llava, pixels: Tensor, batch: int) -> Tensor:
+    """Visual tokens of many images, `batch` at a time: [B, 3, H, W] -> [B, M, D]."""
+    return torch.cat([model.encode_images(part) for part in pixels.split(batch)])
+
+
+@torch.no_grad()
+def answer(
+    model: Llava, tokenizer: WordTokenizer, features: Tensor, questions: Tensor, *, max_new_tokens: int
+) -> Tensor:
+    """Greedy answers to one question an image.
+
+    Args:
+        features: [B, M, D] from `model.encode_images`.
+        questions: [B, L] ids, padded with <pad> at the end.
+
+    Returns:
+        [B, max_new_tokens] ids, <pad> from the first <eos> on.
+    """
+    tok, n = tokenizer, len(questions)
+    mark = lambda token, times=1: questions.new_full((n, times), token)  # noqa: E731
+    ids = [
+        mark(tok.bos_id),
+        mark(tok.image_id, features.shape[1]),
+        mark(tok.user_id),
+        questions,
+        mark(tok.assistant_id),
+    ]
+    ids = torch.cat(ids, 1)
+    real = ids != tok.pad_id
+    order = real.long().argsort(dim=1, stable=True)  # padding to the left
+    ids, real = ids.gather(1, order), real.gather(1, order)
+    longest = int(real.sum(1).max())
+    new = generate(
+        model,
+        ids[:, -longest:],
+        image_features=features,
+        attention_mask=real[:, -longest:],
+        max_new_tokens=max_new_tokens,
+        eos_id=tok.eos_id,
+    )
+    new = torch.nn.functional.pad(new, (0, max_new_tokens - new.shape[1]), value=tok.eos_id)
+    ended = (new == tok.eos_id).cumsum(1) > 0
+    return new.masked_fill(ended, tok.pad_id)
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes row by row: xyxy [B, 4] each -> [B]; 0 where a box has no area."""
+    low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
+    both = (high - low).clamp(min=0).prod(1)
+    area = lambda box: (box[:, 2:] - box[:, :2]).clamp(min=0).prod(1)  # noqa: E731
+    union = area(a) + area(b) - both
+    return torch.where(union > 0, both / union.clamp(min=1e-9), 0.0)
+
+
+def read_numbers(answers: Tensor, tokenizer: WordTokenizer, count: int, marks: str) -> Tensor:
+    """The numbers of "[ 1 2 3 4 ]" or "( 1 2 )" in pixels: ids [B, L] -> [B, count], NaN in a row of another form."""
+    first, (open_, close) = tokenizer.id_of("0"), (tokenizer.id_of(m) for m in marks)
+    short = max(0, 2 + count - answers.shape[1])
+    answers = torch.nn.functional.pad(answers, (0, short), value=tokenizer.pad_id)
+    values = answers[:, 1 : 1 + count] - first
+    good = (
+        (answers[:, 0] == open_)
+        & (answers[:, 1 + count] == close)
+        & (answers[:, 2 + count :] == tokenizer.pad_id).all(1)
+    )
+    good &= ((values >= 0) & (values < LOCATIONS)).all(1)
+    return torch.where(good[:, None], from_grid(values), torch.nan)
+
+
+def format_table(table: Table) -> str:
+    """The table as aligned text, a row a measure."""
+    columns = list(dict.fromkeys(c for row in table.values() for c in row))
+    lines = [f"{'':<16}" + "".join(f"{c:>12}" for c in columns)]
+    for measure, row in table.items():
+        cells = (
+            ("" if c not in row else f"{row[c]:.4f}" if isinstance(row[c], float) else f"{row[c]:,}") for c in columns
+        )
+        lines.append(f"{measure:<16}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
