@@ -138,7 +138,8 @@ import json, sys, time
 import torch
 torch.set_num_threads(2)
 begin = time.perf_counter()
-from vlm_course import ask, novelty, pretrained, reader, answering, scope
+from vlm_course import ask, pretrained
+from vlm_course.ask import answering, novelty, reader, scope
 small, distance = pretrained.load_small(), novelty.load()
 loaded = time.perf_counter() - begin
 picture = ask.load_image(sys.argv[1], max_side=ask.MAX_SIDE)

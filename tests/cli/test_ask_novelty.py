@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlm_course import novelty
+from vlm_course.ask import novelty
 from vlm_course.image_files import load_image
 from vlm_course.images import small_preprocess
 from vlm_course.pretrained import load_small

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_course.scope import MAX_WORDS, Description, Intent, QuestionError, Refusal, understand
+from vlm_course.ask.scope import MAX_WORDS, Description, Intent, QuestionError, Refusal, understand
 from vlm_course.tokenizer import WordTokenizer
 from vlm_course.worlds.dialogs import KINDS
 

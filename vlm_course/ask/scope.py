@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..worlds.templates import QUESTIONS
 from .lexicon import REASON_OF
 from .words import NotUnderstood, Token, lex, rewrite
-from .worlds.templates import QUESTIONS
 
 MAX_WORDS = 60
 

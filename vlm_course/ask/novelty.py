@@ -5,7 +5,7 @@ The patch features of its own vision tower tell them apart: on fresh scenes they
 features lie far outside of it is not one of those scenes. Distances are Mahalanobis distances (Lee et al. 2018, arXiv
 1807.03888, section 2.1, with a single class), of the patch features' mean over the image.
 
-`python -m vlm_course.novelty` fits again and writes `pretrained/novelty.safetensors`.
+`python -m vlm_course.ask.novelty` fits again and writes `pretrained/novelty.safetensors`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FILE = Path(__file__).parent / "pretrained" / "novelty.safetensors"
+FILE = Path(__file__).parents[1] / "pretrained" / "novelty.safetensors"
 FIT_SCENES, CALIBRATION_SCENES, QUANTILE = 3000, 3000, 0.997
 SEED = 1_900_000_000  # not among the seeds of training or of evaluation
 
@@ -93,7 +93,9 @@ def load(file: Path | str = FILE) -> Novelty:
     from safetensors.torch import load_file
 
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} is missing: restore it with git, or make it with python -m vlm_course.novelty")
+        raise FileNotFoundError(
+            f"{file} is missing: restore it with git, or make it with python -m vlm_course.ask.novelty"
+        )
     tensors = load_file(file)
     return Novelty(tensors["mean"].float(), tensors["whitening"].float(), tensors["threshold"].item())
 
@@ -101,7 +103,7 @@ def load(file: Path | str = FILE) -> Novelty:
 @torch.no_grad()
 def scene_features(model, n: int, *, seed: int, batch: int = 100) -> Tensor:
     """`summary` of `n` fresh scenes as a learner's file would give them, rounded to 8 bits: [n, F]."""
-    from .worlds.scenes import render, sample
+    from ..worlds.scenes import render, sample
 
     generator = torch.Generator().manual_seed(seed)
     features = []
@@ -113,7 +115,7 @@ def scene_features(model, n: int, *, seed: int, batch: int = 100) -> Tensor:
 
 
 def main() -> None:
-    from .pretrained import load_small
+    from ..pretrained import load_small
 
     model = load_small().model
     novelty = fit(

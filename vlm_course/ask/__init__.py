@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .image_files import ImageFileError, load_image
+from ..image_files import ImageFileError, load_image
 from .scope import QuestionError, Refusal, understand
 
 if TYPE_CHECKING:
+    from ..trace import TraceRow
     from .drawing import Mark
     from .reader import Reader
-    from .trace import TraceRow
 
 MAX_SIDE = 1024  # the model sees 96 pixels; more than this is only for the picture with the boxes
 UNSURE = 0.6
@@ -92,7 +92,7 @@ def main(
         else:
             print("\n".join([outcome.answer, *map(_in_words, outcome.boxes)]))
             if outcome.trace:
-                from .trace import format_table
+                from ..trace import format_table
 
                 print(format_table(outcome.trace))
     return 2 if outcome.error else 0
@@ -109,9 +109,9 @@ def _ask(outcome: Outcome, boxes: str | Path | None, trace: bool) -> None:
     if isinstance(intent, Refusal):
         raise _Unusable(intent.sentence)
 
+    from ..pretrained import load_small
     from . import novelty
     from .answering import answer, point_out
-    from .pretrained import load_small
     from .reader import Reader
 
     reader = Reader(load_small(), picture)
@@ -169,6 +169,6 @@ def _in_words(place: dict) -> str:
 def _trace(outcome: Outcome, reader: Reader) -> list[TraceRow]:
     import torch
 
-    from .trace import trace
+    from ..trace import trace
 
     return trace(reader.model, torch.tensor([reader.prompt(outcome.understood)]), reader.pixels)

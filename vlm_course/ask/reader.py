@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .chat import encode_chat, pad_rows
-from .generation import generate
-from .images import small_preprocess
-from .pretrained import Small
+from ..chat import encode_chat, pad_rows
+from ..generation import generate
+from ..images import small_preprocess
+from ..pretrained import Small
+from ..worlds.dialogs import ANSWER_LENGTH, from_grid
+from ..worlds.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES
 from .scope import Description
-from .worlds.dialogs import ANSWER_LENGTH, from_grid
-from .worlds.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES
 
 
 @dataclass(frozen=True)
