@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -107,6 +107,16 @@ def save_atomically(state: object, path: Path) -> None:
     beside.replace(path)
 
 
+def _check_same_plan(stored: dict, asked: dict, checkpoint: Path) -> None:
+    different = [
+        f"{key} {stored.get(key)} there, {value} here" for key, value in asked.items() if stored.get(key) != value
+    ]
+    if different:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is of another plan: {'; '.join(different)}. Give another folder, or delete it"
+        )
+
+
 def fit(
     model: nn.Module,
     stage: Stage,
@@ -129,6 +139,7 @@ def fit(
 
     Raises:
         Paused: see `deadline`.
+        ValueError: the checkpoint belongs to another plan (other steps, batch, rates), so going on would mix two runs.
         FloatingPointError: the loss is no longer finite.
     """
     freeze_all_but(model, stage.trains)
@@ -136,15 +147,17 @@ def fit(
     groups = parameter_groups(model, stage)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
     learning = [p for group in groups for p in group["params"]]
-    start = 0
+    start, plan = 0, asdict(stage)
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
+        _check_same_plan(state.get("stage", {}), plan, checkpoint)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
 
     def save(step: int) -> None:
-        save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "stage": plan}
+        save_atomically(state, checkpoint)
 
     began = saved = time.monotonic()
     every = max(1, stage.steps // 10)
