@@ -37,7 +37,7 @@ PRIMES = [2, 3, 7, 13, 97, 101, 331, 337, 673, 1009, 2003]
 
 
 def sweep():
-    """750 sizes or so: those of known bugs, sides of one pixel, primes, exact canvases, and random ones."""
+    """800 sizes or so: those of known bugs, sides of one pixel, primes, exact canvases, and random ones."""
     draw = random.Random(0)
     sizes = [*NAMED, *ROUNDED, (1, 1), *RELEASED, (336, 336), (1344, 672)]
     sizes += [(1, side) for side in (2, 5, 100, 336, 5000)] + [(side, 1) for side in (2, 5, 100, 336, 5000)]
