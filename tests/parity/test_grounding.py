@@ -1,4 +1,4 @@
-"""Grounding against transformers' Kosmos-2 and PaliGemma processors, torchvision's boxes and scikit-image's polygons."""
+"""Grounding against transformers' processors (Kosmos-2, PaliGemma), torchvision's boxes, scikit-image's polygons."""
 
 import pytest
 import torch

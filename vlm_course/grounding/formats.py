@@ -61,7 +61,7 @@ class QwenVL(Format):
     kinds = ("box", "polygon")
     unsafe = "<>"
     bins = 999
-    _group = re.compile(r"(?:<ref>([^<>]*)</ref>)?((?:\s*<(?:box|quad)>[^<>]*(?:</(?:box|quad)>)?)+)")
+    _group = re.compile(r"(?:<ref>([^<>]*)</ref>\s*)?((?:<(?:box|quad)>[^<>]*(?:</(?:box|quad)>)?)+)")
     _place = re.compile(r"<(box|quad)>([^<>]*)")
     _pair = r"\(\s*([0-9]{1,4})\s*,\s*([0-9]{1,4})\s*\)"
     _pairs: ClassVar = {
@@ -72,14 +72,15 @@ class QwenVL(Format):
     def _write(self, regions: list[Region]) -> str:
         texts = []
         for label, same in by_label(regions):
-            texts.append(f"<ref>{label}</ref>" if label else "")
+            text = f"<ref>{label}</ref>" if label else ""
             for region in same:
                 if region.kind == "polygon" and len(region.xy) != 4:
                     raise ValueError(f"QwenVL writes polygons of 4 corners (<quad>), got {len(region.xy)}")
                 tag = "box" if region.kind == "box" else "quad"
                 pairs = ",".join(f"({round(self.bins * x)},{round(self.bins * y)})" for x, y in region.xy)
-                texts.append(f"<{tag}>{pairs}</{tag}>")
-        return "".join(texts)
+                text += f"<{tag}>{pairs}</{tag}>"
+            texts.append(text)
+        return " ".join(texts)  # without the space, the next box without a label would belong to this one
 
     def _read(self, text: str) -> list[Region]:
         regions = []
