@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_course.packing import (
@@ -97,6 +97,7 @@ def test_phases_are_pixtrals(pixtral):
 sizes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=6)
 
 
+@settings(max_examples=15)
 @torch.no_grad()
 @given(sizes, st.sampled_from([None, 20, 31]), st.integers(0, 99))
 def test_packed_equals_one_by_one(grids, capacity, seed):
