@@ -18,7 +18,7 @@ print("Reading and doing: about 100 minutes, 45 more for the bonus.")
 print(measured("02_projection_bridge"))
 
 # %% [markdown]
-# You need PyTorch's `nn.Module` and the idea of a matrix product. Chapter 1 is useful, not required: here the vision tower is a box that turns an image into $N$ vectors of width $D$.
+# You need PyTorch's `nn.Module` and the idea of a matrix product. Chapter 1 is useful, not required: here the vision tower is a box that turns an image into *N* vectors of width *D*.
 
 # %% locked="imports"
 import torch
@@ -38,7 +38,7 @@ from vlm_course.simulations import figures
 # Three questions before anything runs. Choose an answer and say how sure you are. Nobody else sees it: your answers stay in a file on this computer, and the last chapter shows how well your confidence matched your hits.
 
 # %%
-predict("p_2_1", "How many parameters has the bridge of LLaVA-1.5 13B, compared with that of the 7B?",
+predict("p_2_1", "How many parameters does the bridge of LLaVA-1.5 13B have, compared with that of the 7B?",
         {"a": "exactly as many", "b": "1.5 times as many", "c": "almost twice as many, like the models"})
 
 # %%
@@ -68,7 +68,7 @@ except RuntimeError as error:
 # That is the visible half of the problem: the widths differ. The other half is invisible. Make the widths equal in the cheapest way, by filling up with zeros, and PyTorch no longer objects. Does the model understand?
 
 # %% [markdown]
-# Ask the model that comes with this course. It is a small LLaVA: 144 patches of width 192, word embeddings of width 256, really trained. Six kinds of question about sixteen scenes that it never saw are its exam in this chapter.
+# Ask the model that comes with this course. It is a small LLaVA: 144 patches of width 192, word embeddings of width 256, really trained. Six kinds of question about sixteen scenes that it never saw are its exam in this chapter. (Its little world writes American English.)
 
 # %%
 from vlm_course.pretrained import load_small
@@ -87,7 +87,7 @@ content = "; ".join(", ".join(exam.scenes.describe(row)) for row in range(4))
 figures.show(figure, f"Four scenes of the exam: {content}.")
 
 # %% [markdown]
-# The exam, three times: with the trained bridge, with features merely padded to the right width, and with the tokens of *another* scene. That last one is the control: what knowing the world gives without the image. Boxes are left for later.
+# The exam with the trained bridge, and with features merely padded to the right width. Two controls say what the world gives away without this image: the tokens of *another* scene, and always giving the most frequent answer. Boxes come later.
 
 # %%
 with torch.no_grad():
@@ -99,9 +99,10 @@ results = {"trained bridge": tokens, "padded with zeros": padded, "another scene
 for name, visual in results.items():
     result = score(small.model, exam, visual)
     print(f"{name:18s} exact answers {result.accuracy():.2f}   loss {result.loss:.2f} nats a token")
+print(f"{'most frequent':18s} exact answers {exam.majority():.2f}")
 
 # %% [markdown]
-# Padded features score like another scene: the code runs, and the decoder sees nothing of this image. Equal widths do not make numbers mean anything. A bridge has to do both: fit, and be understood.
+# Padded features do no better than the controls: the code runs, and nothing of this image arrives. Equal widths do not make numbers mean anything. A bridge has to do both: fit, and be understood.
 
 # %% [markdown]
 # ## A bridge of three numbers
@@ -167,7 +168,7 @@ for size, width in (("7B", 4096), ("13B", 5120)):
 # %% [markdown] covers=["2-derivation-1"]
 # ### Derivation: the parameters of the bridge  ·  easy  ·  about 10 minutes  ·  3 points
 #
-# Write `projection_parameters(vision_dim, llm_dim)`: how many parameters has Linear(vision_dim, llm_dim), GELU, Linear(llm_dim, llm_dim), with biases? The check draws widths of its own, so only the formula passes.
+# Write `projection_parameters(vision_dim, llm_dim)`: how many parameters do Linear(vision_dim, llm_dim), GELU, Linear(llm_dim, llm_dim) have, with biases? The check draws widths of its own, so only the formula passes.
 #
 # <details><summary>Hint 1</summary>nn.Linear(n_in, n_out) holds a weight for each pair of input and output, and a bias for each output.</details>
 # <details><summary>Hint 2</summary>GELU has no parameters. The two linear maps are vision_dim to llm_dim and llm_dim to llm_dim.</details>
@@ -193,12 +194,12 @@ print(f"13B: {1024 * 5120 + 5120:,} + {5120 * 5120 + 5120:,} = {count_13b:,}")
 reveal("p_2_1", "b", because=f"{count_13b:,} / {count_7b:,} = {count_13b / count_7b:.2f}.")
 
 # %% [markdown]
-# The counts are those of the layers above, added. From 7B to 13B the second matrix grows with the square of the width, the first with the width alone: together a factor of 1.5, while the language model grows by 1.93.
+# The counts are those of the layers above, added. From 7B to 13B the second matrix grows with the square of the width, the first with the width alone: together a factor of 1.5. The language model grows faster; you will count it in a moment.
 
 # %% [markdown] covers=["2-derivation-1"]
 # ## Which width is the language model's?
 #
-# The source lesson gives the 13B model an output of 4096 and explains that 5120 were the width *inside* its feed-forward layers. A model that can be built can be asked. Both real configurations, on the meta device:
+# The source lesson gives the 13B model an output of 4096, and takes 5120 for the width *inside* its feed-forward layers. A model that can be built can be asked. Both real configurations, on the meta device:
 
 # %% covers=["2-derivation-1", "2-walkthrough-1"]
 with torch.device("meta"):
@@ -210,7 +211,7 @@ for name, model in (("7B", llava_7b), ("13B", llava_13b)):
           f"inside the feed-forward {decoder.blocks[0].mlp.gate.out_features}")
 
 # %% [markdown]
-# A Llama decoder has one width outside its layers: an embedding enters the first block as it is. For 13B that is 5120; the feed-forward layers inside are 13,824 wide. So 4096 is simply the 7B model, and a bridge that ends at 4096 does not fit 13B:
+# A Llama decoder has one width outside its layers: an embedding enters the first block as it is. For 13B that is 5120; the feed-forward layers inside are 13,824 wide. (The tables have 64 rows more than Vicuna's 32,000 word pieces: room for `<image>` and padding.) So 4096 belongs to the 7B model, and a bridge that ends there does not fit 13B:
 
 # %% covers=["2-derivation-1"]
 tokens_7b = torch.empty(576, 4096, device="meta")  # what a bridge ending at 4096 hands over
@@ -248,9 +249,10 @@ llm_7b, llm_13b = count(llava_7b.decoder), count(llava_13b.decoder)
 print(f"7B bridge in 7B model:    {100 * projection_share(1024, 4096, llm_7b):.3f} %")
 print(f"13B bridge in 13B model:  {100 * projection_share(1024, 5120, llm_13b):.3f} %")
 print(f"7B bridge in 13B model:   {100 * projection_share(1024, 4096, llm_13b):.3f} %")
+print(f"language models: {llm_13b:,} / {llm_7b:,} = {llm_13b / llm_7b:.2f}")
 
 # %% [markdown]
-# Two pairs are real: 0.311 % and 0.242 %. The lesson's 0.16 % is the third line, the bridge of one model over the other model. No such model exists.
+# Two pairs are real: 0.311 % and 0.242 %, less for the larger model because it grows by 1.93 and its bridge by 1.5. The lesson's 0.16 % is the third line: the bridge of one model over the other model.
 
 # %% [markdown] covers=["2-idea-2"]
 # Does this sliver carry the whole alignment? In LLaVA's first training stage, yes: only the bridge learns. In the second stage the bridge *and the whole language model* learn; the vision tower stays frozen. Count what may change in each stage.
@@ -297,10 +299,10 @@ class VisionProjection(nn.Module):
         ### END SOLUTION
 
 # %% check="vision_projection" points=4 covers=["2-build-1"]
+check("vision_projection", globals())
 lesson_test = VisionProjection(1024, 4096)
 assert lesson_test(torch.randn(2, 576, 1024)).shape == (2, 576, 4096)  # [B, N, D_vision] -> [B, N, D_llm]
 assert sum(p.numel() for p in lesson_test.parameters()) == 20_979_712
-check("vision_projection", globals())
 
 # %%
 VisionProjection = part("VisionProjection", globals())
@@ -327,7 +329,7 @@ check("vision_projection_13b", globals())
 # %% [markdown]
 # ### Your class makes the model see
 #
-# A class is only a shape until it has weights. Fill yours with the trained numbers of the shipped bridge, put it into the model, and ask about a scene.
+# A class is only a shape until it has weights. Fill yours with the trained numbers of the shipped bridge, put it into the model, and ask about a scene. (The line above says whether it is yours already.)
 
 # %%
 mine = VisionProjection(192, 256)
@@ -337,7 +339,7 @@ with torch.no_grad():
 model = Llava(small.model.config, bridge=mine)
 model.vision, model.decoder = small.model.vision, small.model.decoder
 model.eval().requires_grad_(False)
-print(f"{count(mine):,} parameters of yours in a model of {count(model):,}")
+print(f"a bridge of {count(mine):,} parameters in a model of {count(model):,}")
 
 # %%
 def ask(model, words, pixels):
@@ -352,7 +354,7 @@ for words in ("Describe the image.", *exam.texts[0][:4]):
     print(f"{words}  ->  {ask(model, words, exam.pixels[0])}")
 
 # %% [markdown]
-# The same model, the same question, your class with *fresh* weights instead of trained ones:
+# The same model, the same request, the same class with *fresh* weights instead of trained ones:
 
 # %%
 torch.manual_seed(0)
@@ -378,7 +380,7 @@ for name, cost in table[4096].items():
     print(f"{name:22s}{cost.parameters:12,}{table[5120][name].parameters:13,}{cost.tokens:12d}{cost.gigaflops:13.1f}")
 
 # %% [markdown] covers=["2-table-1"]
-# The resampler here has Flamingo's depth, six layers, and its 64 queries, at the tower's width of 1024; the C-Abstractor has Honeybee's sizes. A linear map into the 7B model is smallest in every column but one: the tokens that it leaves for the language model.
+# The resampler here has Flamingo's depth, six layers, and its 64 queries, at the tower's width of 1024; the C-Abstractor has Honeybee's sizes. The linear map is smallest in every column but one: the tokens that it leaves for the language model.
 
 # %%
 figure, axis = figures.axes(width=5.6, height=2.6)
@@ -402,21 +404,24 @@ for row in catalog.MODELS:
 # Four corrections to the lesson's table: LLaVA v1 has 256 tokens, from 224-pixel images. Flamingo's resampler has 194 million parameters, not 100. Qwen-VL's bridge is one cross-attention layer with 256 queries, 0.08 billion, not a Perceiver. And 50 million is the C-Abstractor of a 13B model.
 
 # %%
+import textwrap
+
 for row in catalog.MODELS:
-    print(f"{row.name}: {row.source} (checked {row.checked})")
+    print(textwrap.fill(f"{row.name}: {row.source} (checked {row.checked})", width=100, subsequent_indent="    "))
 
 # %% [markdown]
-# Two of the quoted numbers can be rebuilt roughly from their descriptions: Flamingo's six layers of width 1536, and Qwen-VL's single layer of width 4096 that reads features of width 1664.
+# Two of the quoted numbers can be rebuilt roughly from their descriptions: Flamingo's six layers of width 1536 with 16 heads of 128, and Qwen-VL's single layer of width 4096, with its norms, that reads features of width 1664.
 
 # %% covers=["2-table-1"]
 with torch.device("meta"):
     flamingo = bridges.PerceiverResampler(dim=1536, queries=64, depth=6, heads=16, head_dim=128)
-    qwen = nn.ModuleList([nn.Linear(1664, 4096, bias=False), nn.MultiheadAttention(4096, 32), nn.Embedding(256, 4096)])
+    qwen = nn.ModuleList([nn.Linear(1664, 4096, bias=False), nn.MultiheadAttention(4096, 32), nn.Embedding(256, 4096),
+                          nn.LayerNorm(4096), nn.LayerNorm(4096)])
 print(f"Flamingo's resampler, rebuilt: {count(flamingo):,}   quoted: 194M")
 print(f"Qwen-VL's layer, rebuilt:      {count(qwen):,}   quoted: 0.08B")
 
 # %% [markdown]
-# Flamingo's paper does not give the width of a head; with 128 the count comes within 3 % of its 194 million. Qwen-VL's layer rounds to the 0.08 billion that its paper gives.
+# The first comes within 3 % of the quoted 194 million; the sizes are those that the flamingo-mini project took from the paper. The second is 75 million, which rounds to the quoted 0.08 billion. Close is not proof, but 100 million fits neither.
 
 # %% [markdown] covers=["2-table-1"]
 # ### Derivation: what a bridge calculates  ·  medium  ·  about 10 minutes  ·  2 points
@@ -444,10 +449,10 @@ check("bridge_flops", globals())
 # %%
 bridge_flops = part("bridge_flops", globals())
 for kind, name in (("linear", "linear"), ("mlp", "MLP")):
-    print(f"{name:7s} yours {bridge_flops(kind, 576, 1024, 4096):,}   PyTorch's counter {table[4096][name].flops:,}")
+    print(f"{name:7s} formula {bridge_flops(kind, 576, 1024, 4096):,}   PyTorch's counter {table[4096][name].flops:,}")
 
 # %% [markdown]
-# Your formula and PyTorch's counter agree to the last operation. Now the bill that matters: what the *language model* pays for the tokens that a bridge hands over. Reading one token costs it about two operations per weight.
+# The formula and PyTorch's counter agree to the last operation. Now the bill that matters: what the *language model* pays for the tokens that a bridge hands over. Reading one token costs it about two operations per weight.
 
 # %%
 print(f"{'bridge':22s}{'bridge, GFLOPs':>15s}{'7B model reads, GFLOPs':>24s}")
@@ -456,7 +461,7 @@ for name, cost in table[4096].items():
     print(f"{name:22s}{cost.gigaflops:15.1f}{reading / 1e9:24.0f}")
 
 # %% [markdown]
-# The most expensive bridge costs 0.3 % of what the model spends on reading 576 tokens. Compression saves nothing in the bridge; the six-layer resampler even works more than the MLP. It saves eight ninths of the reading.
+# The most expensive bridge costs 0.3 % of what the model spends on reading 576 tokens. What compression saves, it does not save in the bridge: the six-layer resampler works more than the MLP. It saves eight ninths of the reading.
 
 # %% [markdown]
 # Counted work is not time. The same four kinds at the size of our small model, in milliseconds on your computer; your numbers will differ.
@@ -474,7 +479,7 @@ for name, bridge in timed.items():
 # %% [markdown] covers=["2-idea-3"]
 # ## A resampler, from one query to sixty-four
 #
-# How can 576 vectors become 64? By asking 64 questions. Each *query* is a learned vector that looks at all features and takes a weighted mean. Start with one query and three features of two numbers.
+# How do 576 vectors become 64? By asking 64 questions. Each *query* is a learned vector that looks at all features and takes a weighted mean. Start with one query and three features of two numbers.
 
 # %%
 query = torch.tensor([1.0, 0.0])
@@ -493,7 +498,7 @@ attended = attend(query.view(1, 1, 1, 2), three.view(1, 1, 3, 2) * 2**0.5, three
 print([f"{v:.3f}" for v in attended.flatten().tolist()])  # q [B, H, M, d], k and v [B, H, N, d] -> [B, H, M, d]
 
 # %% [markdown]
-# The course's `attend` does the same for whole batches. (It divides scores by $\sqrt{d}$; the factor in front of the keys undoes this.) The number of outputs is the number of queries, $M$, whatever $N$ is.
+# The course's `attend` does the same for whole batches. (It divides scores by the square root of *d*; the factor behind the keys undoes this.) The number of outputs is the number of queries, *M*, whatever *N* is.
 
 # %% [markdown] covers=["2-bonus-1"]
 # ### Derivation: the parameters of a Perceiver resampler  ·  medium  ·  about 15 minutes  ·  3 points
@@ -646,17 +651,18 @@ for block in (1, 2, 3, 6):
 other = score(small.model, exam, tokens.roll(1, dims=0))
 row = "".join(f"{other.accuracy(kind):11.2f}" for kind in exam.kinds[:-1])
 print(f"{'another scene':>16s}{row}{other.box_error():9.1f} px")
+print(f"{'most frequent':>16s}" + "".join(f"{exam.majority(kind):11.2f}" for kind in exam.kinds[:-1]))
 
 # %% [markdown]
-# Boxes go first: from 0.1 pixels off to 7, almost one patch of 8. Which side things are on survives 2 x 2 best. With four tokens hardly more than guessing is left. (Sixteen answers a kind: a step of 0.06 is one answer.)
+# The first averaging already costs every kind something. Boxes are 7 pixels off instead of 0.1, almost a patch of 8; whether a thing exists is little better than a coin. With four tokens no kind beats the most frequent answer. (At most sixteen answers a kind: one is a step of 0.06.)
 
 # %% [markdown] covers=["2-idea-3"]
-# Read this as an upper bound. Our decoder never met averaged tokens; trained with them, it would win some of this back. Nor is it a law that compression cannot locate: Qwen-VL draws boxes from 256 tokens. What is true is that detail has to fit somewhere, and fewer tokens are less room.
+# This shows what averaging does to a decoder that never met averaged tokens. Trained with them, it might do better; we have not tried. Nor is it a law that compression cannot locate: Qwen-VL draws boxes from 256 tokens. But detail has to fit somewhere, and fewer tokens are less room.
 
 # %% [markdown] covers=["2-simulation-1"]
 # ## Alignment, by degrees
 #
-# The trained bridge ends in a matrix $W$. Multiply it by a rotation $R$ and you have another bridge: same class, same size, same lengths, same distances among tokens. Every token has turned by the same angle. Nothing about the image is lost.
+# The trained bridge ends in a matrix *W* and a bias. Turn both by a rotation *R* and you have another bridge: same class, same size, same lengths, same distances among tokens. Every token has turned by the same angle; turn it back, and all is as before.
 
 # %%
 from vlm_course.simulations.projection_alignment import AlignmentExperiment, alignment_simulation
@@ -683,16 +689,18 @@ reveal("p_2_2", "c", because=f"Exact answers fall from {right:.2f} to {turned:.2
 
 # %%
 main = (tokens @ experiment.basis[:, :2]).square().sum() / tokens.square().sum()  # [B, N, D] x [D, 2]
+units = nn.functional.normalize(tokens.flatten(0, 1), dim=-1)                   # [B, N, D] -> [B*N, D]
 print(f"share of the squared length in the main plane: {main:.2f}")
+print(f"cosine of two tokens, whichever two, on average: {units.mean(0).square().sum():.2f}")
 for planes in (1, 128):
     now = experiment.measure(90, planes)
     print(f"90 degrees in {planes:3d} planes: cosine {now.cosine:.2f}, exact answers {now.score.accuracy():.2f}")
 
 # %% [markdown]
-# Turning 2 of 256 directions does the same damage as turning all: most of the tokens' squared length lies in that one plane. A cosine near 1 is therefore easy to have, and says little about single tokens.
+# Turning 2 of 256 directions does as much damage as turning all: nearly all of the squared length lies in that one plane. There the tokens crowd together, so a high cosine says little: at 45 degrees a token is as close to its trained self, 0.71, as to any other token, 0.73.
 
 # %% [markdown] covers=["2-simulation-1"]
-# Turn it yourself. Left, the tokens of patches inside objects, in their main plane, each dot in the colour of its object. Right, the exam. Hollow dots are where training put them.
+# Turn it yourself. The picture stands still; the one below it obeys the controls. Left, tokens of patches inside objects, in their main plane, each in the colour of its object; hollow dots are where training put them. Right, the exam.
 
 # %% covers=["2-simulation-1"]
 simulation = alignment_simulation(experiment, degrees=45)
@@ -719,7 +727,7 @@ print(f"cosine with the nearest word: tokens {to_words.amax(1).mean():.2f}, word
 print(f"mean length: tokens {inside.norm(dim=1).mean():.2f}, words {embeddings.norm(dim=1).mean():.2f}")
 
 # %% [markdown]
-# And is the nearest word the right one? Count how often it is the colour or the shape of the object. The control pairs every token's nearest word with every other token's object.
+# And is the nearest word the right one? Count how often it is the colour or the shape of the object. The control pairs each token's nearest word with the objects of all tokens.
 
 # %% covers=["2-idea-4"]
 from vlm_course.worlds.scenes import COLOURS, SHAPES
@@ -735,7 +743,7 @@ print(f"nearest word names the colour or the shape: {hits:.2f}   by chance: {cha
 print("most frequent:", ", ".join(f"{word} {nearest.count(word) / len(nearest):.2f}" for word in often))
 
 # %% [markdown]
-# Our model gives the lesson half a point. Nothing in the loss asked for it, yet 86 % of these tokens are nearest to a word for their own object, by chance it would be 14 %. But near is not close: cosine 0.21, and a token is some 25 times as long as a word.
+# Our model gives the lesson half a point. Nothing in the loss asked for it, yet 86 % of these tokens are nearest to a word for their own object; by chance it would be 14 %. But near is not close: cosine 0.21, and a token is some 25 times as long as a word.
 
 # %%
 reveal("p_2_3", "a", because=f"For {hits:.0%} of the tokens inside objects it is the colour or the shape; "

@@ -6,6 +6,7 @@ counts as exact when the best next token is right at each of its positions: when
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,19 @@ class QuestionSet:
     asked: Tensor  # [B, K] bool: False where a kind does not apply to a scene
     texts: tuple[tuple[str, ...], ...]  # [B][K] the questions in words
 
+    def columns(self, kind: str | None = None) -> list[int]:
+        """The place of one kind among the kinds, or of all but the boxes."""
+        return [self.kinds.index(kind)] if kind else [k for k, name in enumerate(self.kinds) if name != "box"]
+
+    def majority(self, kind: str | None = None) -> float:
+        """Share of exact answers for whoever gives each kind's most frequent answer and looks at nothing."""
+        columns = self.columns(kind)
+        answers = [
+            Counter(tuple(self.labels[row][self.turn[row] == k].tolist()) for row in self.asked[:, k].nonzero()[:, 0])
+            for k in columns
+        ]
+        return sum(max(a.values(), default=0) for a in answers) / self.asked[:, columns].sum().item()
+
 
 @dataclass(frozen=True)
 class Score:
@@ -51,8 +65,7 @@ class Score:
 
     def accuracy(self, kind: str | None = None) -> float:
         """Share of exact answers, over one kind or over all but the boxes."""
-        kinds = self.questions.kinds
-        columns = [kinds.index(kind)] if kind else [i for i, name in enumerate(kinds) if name != "box"]
+        columns = self.questions.columns(kind)
         asked = self.questions.asked[:, columns]
         return (self.exact[:, columns] & asked).sum().item() / asked.sum().item()
 

@@ -1,19 +1,13 @@
 """Costs of bridges, block averages, and the fixed questions that chapter 2 measures with."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from vlm_course.bridge_study import block_average, bridge_cost, cosine_table, four_bridges
-from vlm_course.bridge_training import BRIDGES, PLAN, examine, model_with, train_bridge
 from vlm_course.generation import generate
 from vlm_course.llava import Llava, small_config
-from vlm_course.pretrained import Small
-from vlm_course.pretrained.recipe import build
 from vlm_course.probe_questions import PROBE_KINDS, Score, question_set, score
 from vlm_course.tokenizer import WordTokenizer
-from vlm_course.worlds.dialogs import Dialogs
 
 COUNTS = {  # parameters at width 4096 and 5120, tokens
     "linear": (4_198_400, 5_248_000, 576),
@@ -70,6 +64,16 @@ def test_perfect_answers_score_one(questions):
     assert perfect.answer(row, "colour") in {"red", "green", "blue", "yellow", "black", "gray", "teal", "brown"}
 
 
+def test_majority_is_the_most_frequent_answer(questions):
+    for k, kind in enumerate(PROBE_KINDS):
+        asked = questions.asked[:, k].nonzero()[:, 0].tolist()
+        answers = [questions.tokenizer.decode(questions.labels[row][questions.turn[row] == k]) for row in asked]
+        assert questions.majority(kind) == max(map(answers.count, answers)) / len(answers)
+    counts = questions.asked[:, :-1].sum(0)
+    shares = torch.tensor([questions.majority(kind) for kind in PROBE_KINDS[:-1]])
+    assert questions.majority() == pytest.approx((shares * counts).sum().item() / counts.sum().item())
+
+
 def test_one_wrong_word_costs_one_answer(questions):
     predicted = torch.where(questions.turn >= 0, questions.labels, -1)
     row, place = (questions.turn == PROBE_KINDS.index("count")).nonzero()[0].tolist()
@@ -98,21 +102,3 @@ def test_scores_agree_with_greedy_generation(questions):
     first = int((questions.turn[0] == 0).nonzero()[0])
     written = generate(model, questions.ids[:1, :first], image_features=features[:1], max_new_tokens=1)
     assert written[0, 0] == scored.predicted[0, first]
-
-
-@pytest.mark.parametrize(
-    "name", ["mean of 2 x 2, MLP", "C-Abstractor", "Perceiver resampler", "Perceiver resampler, 16"]
-)
-def test_every_compared_bridge_trains_and_answers(name, tmp_path):
-    tokenizer = WordTokenizer.small()
-    torch.manual_seed(0)
-    contrastive, llava = build(tokenizer)
-    small, (tokens, make) = Small(llava, contrastive, tokenizer), BRIDGES[name]
-    model = model_with(small, tokens, make())
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    plan = replace(PLAN, steps=2, batch=2)
-    train_bridge(model, Dialogs(tokenizer), plan, seed=0, checkpoint=tmp_path / "run.pt", log=lambda line: None)
-    moved = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved == {"bridge", "decoder"}  # the tower is frozen
-    table = examine(model, small, scenes=2, seed=1)
-    assert set(table) == {*PROBE_KINDS, "box error (px)"} and all(0 <= table[kind] <= 1 for kind in PROBE_KINDS)

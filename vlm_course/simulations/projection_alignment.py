@@ -116,9 +116,10 @@ def alignment_frame(experiment: AlignmentExperiment, now: Alignment, control: Sc
     """Left the tokens in their main plane, right the accuracy over all angles measured so far."""
     figure, (left, right) = figures.axes(1, 2, width=7.2, height=2.9)
     _draw_plane(left, experiment, now)
-    trail = sorted((m for m in experiment.measured.values() if m.planes == now.planes), key=lambda m: m.degrees)
-    angles, accuracies = [m.degrees for m in trail], [m.score.accuracy() for m in trail]
-    right.plot(angles, accuracies, "o-", color=figures.VISION, markersize=4)
+    if now.planes != experiment.all_planes:
+        right.plot(*_trail(experiment, experiment.all_planes), color=figures.VISION_LIGHT, label="every plane")
+    right.plot(*_trail(experiment, now.planes), "o-", color=figures.VISION, markersize=4, label=_in_words(now.planes))
+    right.legend(loc="upper right")
     right.axhline(control.accuracy(), color=figures.GREY, linestyle="--", linewidth=1)
     right.text(180, control.accuracy() + 0.02, "another image", color=figures.GREY, fontsize=8, ha="right")
     right.plot([now.degrees], [now.score.accuracy()], "o", color=figures.TEXT, markersize=8)
@@ -139,6 +140,16 @@ def alignment_frame(experiment: AlignmentExperiment, now: Alignment, control: Sc
         f"Right, the share of exact answers against the angle: here {accuracy:.0%}, with another image {base:.0%}."
     )
     return Frame(figure, alt, text)
+
+
+def _trail(experiment: AlignmentExperiment, planes: int) -> tuple[list[float], list[float]]:
+    """Angles measured so far in that many planes, and the share of exact answers at each."""
+    trail = sorted((m for m in experiment.measured.values() if m.planes == planes), key=lambda m: m.degrees)
+    return [m.degrees for m in trail], [m.score.accuracy() for m in trail]
+
+
+def _in_words(planes: int) -> str:
+    return "1 plane" if planes == 1 else f"{planes} planes"
 
 
 def _truth(questions: QuestionSet, scene: int) -> str:
