@@ -6,6 +6,7 @@ Source of the data: the package easy-vqa (Victor Zhou 2019), its own test split.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -16,8 +17,13 @@ from .tokenizer import WordTokenizer
 from .worlds.scenes import IMAGE_SIZE
 
 
-def easy_vqa_features(model: Llava, split: str, *, batch: int = 250) -> tuple[Tensor, dict[int, int]]:
-    """Visual tokens of every image of a split of easy-VQA ("train", "test"): [images, M, D], and image id -> row.
+def easy_vqa_features(
+    model: Llava, split: str, *, only: Collection[int] | None = None, batch: int = 250
+) -> tuple[Tensor, dict[int, int]]:
+    """Visual tokens of the images of a split of easy-VQA ("train", "test"): [images, M, D], and image id -> row.
+
+    Args:
+        only: ids of the images to encode; None encodes all.
 
     Raises:
         ModuleNotFoundError: the package easy-vqa is not installed.
@@ -28,7 +34,7 @@ def easy_vqa_features(model: Llava, split: str, *, batch: int = 250) -> tuple[Te
 
     paths = easy_vqa_images(split)
     device = next(model.parameters()).device
-    out, numbers = [], sorted(paths)
+    out, numbers = [], sorted(paths if only is None else only)
     for start in range(0, len(numbers), batch):
         pixels = [small_preprocess(Image.open(paths[i]).convert("RGB")) for i in numbers[start : start + batch]]
         with torch.no_grad():
@@ -68,23 +74,26 @@ def evaluate_easy_vqa(model: Llava, tokenizer: WordTokenizer, *, limit: int | No
         raise ValueError(f"limit must be at least 1 question, got {limit}")
     questions, answers, numbers = easy_vqa_questions("test")
     questions, answers, numbers = questions[:limit], answers[:limit], numbers[:limit]
-    features, rows = easy_vqa_features(model, "test", batch=batch)
+    everything = sorted(easy_vqa_images("test"))
+    after = dict(zip(everything, everything[1:] + everything[:1], strict=True))  # the image that stands in when swapped
+    needed = {*numbers, *(after[i] for i in numbers)}
+    features, rows = easy_vqa_features(model, "test", only=needed, batch=batch)
     device = features.device
     encoded = pad_sequences([tokenizer.encode(q) for q in questions]).to(device)
     wanted = torch.tensor([tokenizer.id_of(a) for a in answers], device=device)
     image = torch.tensor([rows[i] for i in numbers], device=device)
+    other = torch.tensor([rows[after[i]] for i in numbers], device=device)
     black = torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), -1.0, device=device)
-    blind = encode_in_batches(model, black, 1)
+    looks = {
+        "model": (features, image),
+        "blind": (encode_in_batches(model, black, 1), torch.zeros_like(image)),
+        "swapped": (features, other),
+    }
     right = {}
-    for column in ("model", "blind", "swapped"):
+    for column, (seen, row) in looks.items():
         hits = []
-        for q, w, i in zip(encoded.split(batch), wanted.split(batch), image.split(batch), strict=True):
-            seen = {
-                "model": features[i],
-                "blind": blind.expand(len(i), -1, -1),
-                "swapped": features[(i + 1) % len(features)],
-            }
-            given = answer(model, tokenizer, seen[column], q, max_new_tokens=2)
+        for q, w, r in zip(encoded.split(batch), wanted.split(batch), row.split(batch), strict=True):
+            given = answer(model, tokenizer, seen[r], q, max_new_tokens=2)
             hits.append((given[:, 0] == w) & (given[:, 1] == tokenizer.pad_id))
         right[column] = torch.cat(hits).float()
     groups = {

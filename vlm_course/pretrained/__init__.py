@@ -73,7 +73,8 @@ def load_small(device: str | torch.device = "cpu", *, folder: Path | str = FOLDE
     from .recipe import build
 
     tokenizer = WordTokenizer.small()
-    with torch.device("meta"):
+    # Not on the meta device: drawing first weights there imports the compiler of torch, 1.5 s for nothing.
+    with torch.random.fork_rng(devices=[]):
         contrastive, llava = build(tokenizer)
     folder, weights = Path(folder), []
     for name in (TOWERS, LANGUAGE):
