@@ -174,9 +174,9 @@ def test_a_mask_goes_through_text_unchanged():
 fragments = st.sampled_from(
     ["<box>", "</box>", "(", ")", ",", "[", "]", "{", "}", '"bbox_2d"', '"point_2d"', '"label"', ":", "null", "NaN",
      "1e999", "-1", "0.5", "1000", "99", "٣", "²", "9" * 5000, "<ref>", "</ref>", "<quad>", "<point ", "<points ",
-     'x="', 'y1="', '"', "alt=", "<loc0001>", "<loc9999>", "<seg001>", "<patch_index_0001>", "<patch_index_9999>", "<object>",
-     "</object>", "\n", "<phrase>", "</phrase>", "</delimiter_of_multi_objects/>", ";", " ", "\\", "data-polygon=",
-     ">", "<", "true", "[[", "ab"]
+     'x="', 'y1="', '"', "alt=", "<loc0001>", "<loc9999>", "<seg001>", "<patch_index_0001>", "<patch_index_9999>",
+     "<object>", "</object>", "\n", "<phrase>", "</phrase>", "</delimiter_of_multi_objects/>", ";", " ", "\\",
+     "data-polygon=", ">", "<", "true", "[[", "ab"]
 )  # fmt: skip
 messy = st.one_of(st.text(max_size=60), st.lists(fragments, max_size=25).map("".join))
 
