@@ -156,17 +156,19 @@ def kv_cache_bytes(config: DecoderConfig | LlavaConfig, tokens: int, *, batch: i
 def activation_bytes(
     config: DecoderConfig | LlavaConfig, tokens: int, *, batch: int = 1, bits: int = 16, fused: bool = True
 ) -> float:
-    """Most bytes that are alive at once in an inference pass over `tokens` tokens, weights and cache apart.
+    """Most bytes that are alive at once in the decoder's inference pass over `tokens` tokens, weights and cache apart.
 
-    In a block the residual stream and its normed copy stand beside either three tensors as wide as the MLP (SwiGLU's
-    gate, its partner, their product) or queries, keys, values and the mixture of them. `fused=False` adds the scores
-    and their softmax, heads x tokens x tokens, which a fused kernel never writes. An estimate: allocators add to it.
+    In a block's MLP: the model's input, the block's input, the residual stream and its normed copy, with SwiGLU's
+    gate, its partner and their product. In its attention: the stream is not there yet, but queries, keys, values,
+    the turned queries, and two times the keys while these are turned. The larger of both; all blocks reuse it.
+    `fused=False` adds scores and softmax, heads x tokens x tokens, which a fused kernel never writes.
     """
     text = _decoder(config)
     _require_counts(1, tokens=tokens, batch=batch, bits=bits)
     heads, groups = text.heads * text.head_dim, text.kv_heads * text.head_dim
-    attention = 2 * heads + 2 * groups + (0 if fused else 2 * text.heads * tokens)
-    return batch * tokens * (2 * text.width + max(3 * text.mlp_width, attention)) * bits / 8
+    attention = 3 * text.width + 2 * heads + 4 * groups + (0 if fused else 2 * text.heads * tokens)
+    mlp = 4 * text.width + 3 * text.mlp_width
+    return batch * tokens * max(mlp, attention) * bits / 8
 
 
 def vit_flops(vision: ViTConfig, *, layers: int | None = None) -> int:
