@@ -116,10 +116,9 @@ def _draw_two_towers(
     )
 
     text = (
-        f"Scene {scene}, {tower} towers. Its own caption: {captions[scene]}\n"
-        f"Cosine with its own caption {own:.2f}; with the nearest wrong one {wrong[rival]:.2f} ({captions[rival]}). "
-        f""
-        f"Its own caption is number {rank} of {n}.\n"
+        f"Scene {scene}, {tower} towers. Its own caption is number {rank} of {n}.\n"
+        f"Cosine with its own caption {own:.2f}: {captions[scene]}\n"
+        f"Cosine with the nearest wrong one {wrong[rival]:.2f}: {captions[rival]}\n"
         f"All scenes: {found} of {n} find their own caption first; guessing finds 1."
     )
     alt = (
@@ -151,8 +150,8 @@ class Journey:
     patches  [layers + 1, M, D]: the visual tokens in the residual stream, before the first block and after every block
     texts    [layers + 1, W, D]: the same for the W words after the picture
     words    the W words
-    effect   [layers + 1, W]: how far the picture moved the vector of a word, as a share of the vector's length.
-             0: the control picture gives the same vector. 1: the move is as long as the vector itself.
+    effect   [layers + 1, W]: how far the vector of a word is from the one after the control picture, as a share of its
+             own length. 0: the same vector. 1: the difference is as long as the vector itself.
     answers  layers + 1 words: what the head reads from the last word's vector at that depth ("logit lens")
     """
 
@@ -222,7 +221,8 @@ def _draw_merging(pixels: Tensor, follow: Callable[[int], Journey], layer: int, 
     middle.set(title=f"layer {layer} of {layers} ({kept:.0%} of variance)", xticks=[], yticks=[])
     middle.legend(loc="best")
     right.barh(range(len(words)), effect.tolist(), color=TEXT)
-    right.set(title="moved by the picture", xlim=(0, 3), yticks=range(len(words)), yticklabels=words)
+    right.set(title="moved by the picture", xlabel="share of the vector's length")
+    right.set(xlim=(0, max(1.0, here.effect.max().item())), yticks=range(len(words)), yticklabels=words)
     right.invert_yaxis()
 
     place = "before the first block" if layer == 0 else f"after block {layer} of {layers}"
@@ -233,9 +233,9 @@ def _draw_merging(pixels: Tensor, follow: Callable[[int], Journey], layer: int, 
     text = (
         f"Scene {scene}, {place}. {len(patches)} patch tokens and {len(texts)} word tokens, "
         f"all vectors of {patches.shape[-1]} numbers.\n"
-        f"Against a black picture the words differ by {effect.mean():.2f} of their length on average. {moved}\n"
-        f"Cosine between the mean patch and the mean word: {apart:.2f}. "
-        f"If it had to answer here, its first word would be: {here.answers[layer]}."
+        f"After another scene the words differ by {effect.mean():.2f} of their length on average. {moved}\n"
+        f"Cosine between the mean patch and the mean word: {apart:.2f}.\n"
+        f"The first word of an answer, read here: {here.answers[layer]}"
     )
     alt = (
         f"Left, scene {scene}. Middle, patch tokens and word tokens in the language model {place}, "
@@ -246,17 +246,22 @@ def _draw_merging(pixels: Tensor, follow: Callable[[int], Journey], layer: int, 
 
 
 def merging_simulation(model: Llava, tokenizer: WordTokenizer, pixels: Tensor, prompts: Sequence[Tensor]) -> Simulation:
-    """Patch tokens and word tokens on their way through the language model; the control is a black picture.
+    """Patch tokens and word tokens on their way through the language model.
 
     pixels [n, 3, H, W] in [-1, 1]; prompts n tensors of ids [T_i] with expanded placeholders. Controls: `scene` and
-    `layer`.
+    `layer`. The picture that every scene is compared with is the next scene: a black picture, unlike any of the
+    training, moves the words further than what is in a scene does.
+
+    Raises ValueError where the numbers of pictures and prompts differ, or a single picture has no other beside it.
     """
     import ipywidgets
 
     if len(pixels) != len(prompts):
         raise ValueError(f"{len(pixels)} pictures but {len(prompts)} prompts: every scene needs its own question")
-    black = torch.full_like(pixels[0], -1)
-    follow = lru_cache(lambda scene: journey(model, tokenizer, prompts[scene], pixels[scene], black))
+    if len(pixels) < 2:
+        raise ValueError("1 picture: every scene is compared with the next one, so there must be at least 2")
+    others = pixels.roll(-1, dims=0)
+    follow = lru_cache(lambda scene: journey(model, tokenizer, prompts[scene], pixels[scene], others[scene]))
     controls = {
         "layer": ipywidgets.IntSlider(max=len(model.decoder.blocks), description="layer", continuous_update=False),
         "scene": ipywidgets.IntSlider(max=len(pixels) - 1, description="scene", continuous_update=False),
