@@ -131,7 +131,9 @@ with torch.no_grad():
     linear.weight.copy_(torch.tensor(weights))  # [D_llm, D_vision]
     linear.bias.copy_(torch.tensor(bias))
 image = torch.tensor([[patch, [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])  # [B, N, D_vision] = [1, 3, 3]
-print(linear(image))  # [B, N, D_vision] -> [B, N, D_llm] = [1, 3, 2]
+made = linear(image)  # [B, N, D_vision] -> [B, N, D_llm] = [1, 3, 2]
+for row in made[0].tolist():
+    print([round(value, 2) for value in row])
 
 # %% [markdown]
 # The first row is the loop's answer. The second patch is all zeros and gives the bias. No patch looks at another: exchange two patches and their tokens change places, nothing else.
@@ -404,10 +406,9 @@ for row in catalog.MODELS:
 # Four corrections to the lesson's table: LLaVA v1 has 256 tokens, from 224-pixel images. Flamingo's resampler has 194 million parameters, not 100. Qwen-VL's bridge is one cross-attention layer with 256 queries, 0.08 billion, not a Perceiver. And 50 million is the C-Abstractor of a 13B model.
 
 # %%
-import textwrap
+from IPython.display import Markdown
 
-for row in catalog.MODELS:
-    print(textwrap.fill(f"{row.name}: {row.source} (checked {row.checked})", width=100, subsequent_indent="    "))
+Markdown("\n".join(f"- {row.name}: {row.source} (checked {row.checked})" for row in catalog.MODELS))
 
 # %% [markdown]
 # Two of the quoted numbers can be rebuilt roughly from their descriptions: Flamingo's six layers of width 1536 with 16 heads of 128, and Qwen-VL's single layer of width 4096, with its norms, that reads features of width 1664.

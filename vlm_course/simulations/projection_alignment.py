@@ -118,7 +118,13 @@ def alignment_frame(experiment: AlignmentExperiment, now: Alignment, control: Sc
     _draw_plane(left, experiment, now)
     if now.planes != experiment.all_planes:
         right.plot(*_trail(experiment, experiment.all_planes), color=figures.VISION_LIGHT, label="every plane")
-    right.plot(*_trail(experiment, now.planes), "o-", color=figures.VISION, markersize=4, label=_in_words(now.planes))
+    right.plot(
+        *_trail(experiment, now.planes),
+        "o-",
+        color=figures.VISION,
+        markersize=4,
+        label=_in_words(experiment, now.planes),
+    )
     right.legend(loc="upper right")
     right.axhline(control.accuracy(), color=figures.GREY, linestyle="--", linewidth=1)
     right.text(180, control.accuracy() + 0.02, "another image", color=figures.GREY, fontsize=8, ha="right")
@@ -148,7 +154,9 @@ def _trail(experiment: AlignmentExperiment, planes: int) -> tuple[list[float], l
     return [m.degrees for m in trail], [m.score.accuracy() for m in trail]
 
 
-def _in_words(planes: int) -> str:
+def _in_words(experiment: AlignmentExperiment, planes: int) -> str:
+    if planes == experiment.all_planes:
+        return "every plane"
     return "1 plane" if planes == 1 else f"{planes} planes"
 
 
