@@ -451,9 +451,9 @@ def test_the_decoder_keeps_places_and_batches_apart():
     logits = decoder(features, queries)
     for row in range(2):
         torch.testing.assert_close(decoder(features[row : row + 1], queries[row : row + 1])[0], logits[row])
-    features[0, 7] += 1  # row 1, column 2
+    features[0, 8] += 1  # row 1, column 3; the middle patch 7 would not tell row- from column-major
     changed = (decoder(features, queries) - logits).abs().amax(1) > 1e-6  # [B, 12, 20]
-    assert masks_to_boxes(changed[:1]).tolist() == [[8, 4, 12, 8]] and not changed[1].any()
+    assert masks_to_boxes(changed[:1]).tolist() == [[12, 4, 16, 8]] and not changed[1].any()
 
 
 @pytest.mark.parametrize(
