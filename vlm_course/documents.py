@@ -117,8 +117,8 @@ def _check_normalise(boxes: Tensor, page: Sequence[float]) -> None:
 def normalise_boxes(boxes: Tensor, page: Sequence[float]) -> Tensor:
     """Word boxes on LayoutLM's grid: boxes [..., 4] (left, top, right, bottom) in the page's unit -> integers 0..1000.
 
-    page (height, width) in the same unit as the boxes. Rounds down, after the division and in float64, as the published
-    models' code does: another order of the two operations moves some boxes by one.
+    page (height, width) in the same unit as the boxes. Rounds down, as the published models' code does, and in float64:
+    float32 puts some coordinates one too low.
     """
     height, width = page
     sides = torch.tensor([width, height, width, height], dtype=torch.float64, device=boxes.device)
