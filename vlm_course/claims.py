@@ -63,7 +63,7 @@ class ClaimTable:
 
     @staticmethod
     def _row(claim: Claim) -> str:
-        shown = f" Section: {claim.cell}." if claim.cell else ""
+        shown = f" Section: “{claim.cell}”." if claim.cell else ""
         cells = (claim.claim, claim.verdict, claim.truth + shown, f"{claim.evidence}: {claim.source}")
         return (
             "<tr>"

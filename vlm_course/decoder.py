@@ -104,6 +104,17 @@ class KVCache:
         """Tokens stored. All layers agree between two calls of the model."""
         return self._lengths[-1]
 
+    def select(self, rows: Tensor, *, room: int = 0) -> "KVCache":
+        """A copy with the given rows of the batch, repeated where `rows` [n] repeats them, and room for more tokens.
+
+        So that many questions can go on from one image that was read once.
+        """
+        copy = KVCache(len(self._buffers), capacity=self.length + room)
+        for layer, buffers in enumerate(self._buffers):
+            if buffers is not None:
+                copy.update(layer, *(stored[rows, :, : self._lengths[layer]] for stored in buffers))
+        return copy
+
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, H, T, d] of the new tokens; returns those of all tokens, [B, H, past + T, d]."""
         start, end = self._lengths[layer], self._lengths[layer] + keys.shape[2]

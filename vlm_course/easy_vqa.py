@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .llava import Llava
-from .measures import Table, answer, encode_in_batches
+from .measures import Table, answer_many, encode_in_batches
 from .tokenizer import WordTokenizer
 from .worlds.scenes import IMAGE_SIZE
 
@@ -56,7 +56,7 @@ def easy_vqa_questions(split: str) -> tuple[list[str], list[str], list[int]]:
     return {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}[split]()
 
 
-def evaluate_easy_vqa(model: Llava, tokenizer: WordTokenizer, *, limit: int | None = None, batch: int = 250) -> Table:
+def evaluate_easy_vqa(model: Llava, tokenizer: WordTokenizer, *, limit: int | None = None, batch: int = 100) -> Table:
     """All questions of easy-VQA's test split, word for word, with the controls.
 
     Args:
@@ -91,11 +91,8 @@ def evaluate_easy_vqa(model: Llava, tokenizer: WordTokenizer, *, limit: int | No
     }
     right = {}
     for column, (seen, row) in looks.items():
-        hits = []
-        for q, w, r in zip(encoded.split(batch), wanted.split(batch), row.split(batch), strict=True):
-            given = answer(model, tokenizer, seen[r], q, max_new_tokens=2)
-            hits.append((given[:, 0] == w) & (given[:, 1] == tokenizer.pad_id))
-        right[column] = torch.cat(hits).float()
+        given = answer_many(model, tokenizer, seen, row, encoded, max_new_tokens=2, batch=batch)
+        right[column] = ((given[:, 0] == wanted) & (given[:, 1] == tokenizer.pad_id)).float()
     groups = {
         "all": [True] * len(answers),
         "yes/no": [a in ("yes", "no") for a in answers],

@@ -59,6 +59,50 @@ def answer(
     return new.masked_fill(ended, tok.pad_id)
 
 
+@torch.no_grad()
+def answer_many(
+    model: Llava,
+    tokenizer: WordTokenizer,
+    features: Tensor,
+    image: Tensor,
+    questions: Tensor,
+    *,
+    max_new_tokens: int,
+    batch: int = 250,
+) -> Tensor:
+    """The answers of `answer` to many questions about few images; every image goes through the decoder only once.
+
+    Args:
+        features: [I, M, D] from `model.encode_images`.
+        image: [Q] the row of `features` that each question is about.
+        questions: [Q, L] ids, padded with <pad> at the end.
+        batch: images, and questions, at a time.
+
+    Returns:
+        [Q, max_new_tokens] ids, <pad> from the first <eos> on.
+    """
+    tok = tokenizer
+    out = questions.new_full((len(questions), max_new_tokens), tok.pad_id)
+    lengths = (questions != tok.pad_id).sum(1)  # questions of one length need no padding
+    for start in range(0, len(features), batch):
+        seen = features[start : start + batch]
+        head = [tok.bos_id] + [tok.image_id] * seen.shape[1]
+        prefix = questions.new_tensor(head).expand(len(seen), -1)
+        read = model.new_cache()
+        model(prefix, image_features=seen, cache=read, logits_to_keep=1)
+        here = (image >= start) & (image < start + batch)
+        for length in lengths[here].unique().tolist():
+            for rows in (here & (lengths == length)).nonzero()[:, 0].split(batch):
+                ids = torch.nn.functional.pad(questions[rows, :length], (1, 0), value=tok.user_id)
+                ids = torch.nn.functional.pad(ids, (0, 1), value=tok.assistant_id)
+                cache = read.select(image[rows] - start, room=ids.shape[1] + max_new_tokens)
+                for place in range(max_new_tokens):
+                    ids = model(ids, cache=cache, logits_to_keep=1)[:, -1:].argmax(-1)  # [n, T] -> [n, 1]
+                    out[rows, place] = ids[:, 0]
+    ended = (out == tok.eos_id).cumsum(1) > 0
+    return out.masked_fill(ended, tok.pad_id)
+
+
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes row by row: xyxy [B, 4] each -> [B]; 0 where a box has no area."""
     low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])

@@ -11,8 +11,11 @@ from safetensors import safe_open
 
 from vlm_course.easy_vqa import evaluate_easy_vqa
 from vlm_course.evaluation import evaluate_scenes
+from vlm_course.measures import answer, answer_many, encode_in_batches
 from vlm_course.pretrained import FOLDER, LANGUAGE, TOWERS, load_small, save_small
-from vlm_course.worlds.dialogs import KINDS
+from vlm_course.pretrained.easy_vqa_tuning import load_tuned
+from vlm_course.worlds.dialogs import KINDS, Dialogs
+from vlm_course.worlds.scenes import render, sample
 
 MEGABYTE = 1_000_000
 
@@ -130,6 +133,30 @@ def test_without_its_image_it_does_not_know(small):
         assert row["model"] >= 0.95
         assert row["blind"] <= row["majority"] + 0.15, kind
         assert row["swapped"] <= 0.75, kind
+
+
+def test_reading_an_image_once_for_many_questions_changes_no_answer(small):
+    generator = torch.Generator().manual_seed(1)
+    scenes = sample(5, generator=generator)
+    features = encode_in_batches(small.model, render(scenes, generator=generator), 5)
+    kinds = ("colour", "box", "caption", "existence")
+    questions = torch.cat([Dialogs().ask(scenes, kind, generator=generator).question for kind in kinds])
+    image = torch.arange(5).repeat(len(kinds))
+    alone = answer(small.model, small.tokenizer, features[image], questions, max_new_tokens=31)
+    together = answer_many(small.model, small.tokenizer, features, image, questions, max_new_tokens=31, batch=2)
+    assert torch.equal(alone, together)
+    wrong = answer_many(small.model, small.tokenizer, features, image.flip(0), questions, max_new_tokens=31)
+    assert not torch.equal(alone, wrong)
+
+
+def test_tuned_on_easy_vqa_only_the_bridge_differs_and_it_answers_at_least_as_well(small):
+    tuned = load_tuned()
+    same = {
+        name: torch.equal(value, tuned.model.state_dict()[name]) for name, value in small.model.state_dict().items()
+    }
+    assert all(equal or name.startswith("bridge.") for name, equal in same.items())
+    assert not all(same.values())
+    assert evaluate_easy_vqa(tuned.model, tuned.tokenizer, limit=60)["all"]["model"] >= 0.98
 
 
 def test_it_answers_easy_vqa_beyond_the_majority(small):
