@@ -423,8 +423,8 @@ for layer, (effect, answer) in enumerate(zip(path.effect.mean(1), path.answers, 
 reveal("p_0_3", "a", because=f"At layer 0 the words move by {path.effect[0].mean():.2f} of their length.")
 
 # %% [markdown]
-# This is the merging, measured. The bridge puts patches and words into one row. **Attention**, the one place where
-# rows mix, then carries the picture into the words, block by block. At the end the last word holds the answer.
+# This is the merging, measured. The bridge puts patches and words into one row. **Attention**, the only step in
+# which places of the row mix, then carries the picture into the words. At the end the last place holds the answer.
 
 # %% [markdown]
 # ## A first conversation

@@ -114,7 +114,9 @@ class Picture:
 
     def html(self) -> str:
         data = base64.b64encode(self.png).decode()
-        return f'<img alt="{html.escape(self.alt)}" width="{self.width}" src="data:image/png;base64,{data}">'
+        fit = "max-width:100%;height:auto"  # a widget clips what is wider than the notebook
+        alt = html.escape(self.alt)
+        return f'<img alt="{alt}" width="{self.width}" style="{fit}" src="data:image/png;base64,{data}">'
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         return {"text/html": self.html(), "text/plain": f"Figure: {self.alt}"}
