@@ -1,4 +1,7 @@
-"""The shipped model on easy-VQA: images that this project did not make, and questions in other people's words.
+"""The shipped model on easy-VQA: images that this project did not make.
+
+The questions are not new to it: `worlds.templates` has wordings of the same form, with the same colours and three of
+the same shapes, so "zero-shot" here speaks of the pictures alone.
 
 Source of the data: the package easy-vqa (Victor Zhou 2019), its own test split.
 """

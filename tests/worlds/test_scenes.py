@@ -7,6 +7,7 @@ import torch
 
 from vlm_course.worlds.scenes import (
     COLOURS,
+    GRID,
     HELD_OUT,
     IMAGE_SIZE,
     LARGEST_ALONE,
@@ -184,3 +185,11 @@ def test_selection_and_words():
 def test_errors_name_what_was_given(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample(**({"n": 4} | arguments))
+
+
+def test_the_cell_of_a_lone_object_is_where_it_is():
+    """Its place is drawn anywhere in the image, not bound to a grid."""
+    scenes = sample(400, generator=torch.Generator().manual_seed(3), objects=(1, 1))
+    column, row = (scenes.centre[:, 0] / (IMAGE_SIZE / GRID)).long().unbind(-1)
+    assert torch.equal(scenes.cell[:, 0], row * GRID + column)
+    assert len(scenes.cell[:, 0].unique()) == GRID * GRID

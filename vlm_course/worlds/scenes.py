@@ -210,6 +210,8 @@ def sample(
     anywhere = _uniform((n, k, 2), 0, IMAGE_SIZE, **options)
     centre = torch.where((count == 1)[:, None, None], anywhere, centre)
     centre = torch.maximum(torch.minimum(centre, IMAGE_SIZE - radius[..., None]), radius[..., None])
+    found = (centre / step).long()  # a lone object chose its place first, its cell follows
+    cell = torch.where((count == 1)[:, None], found[..., 1] * GRID + found[..., 0], cell)
 
     ends = _PALETTE.to(device)[colour]  # [n, k, 2 ends, 3]
     rgb = ends[..., 0, :] + (ends[..., 1, :] - ends[..., 0, :]) * torch.rand(n, k, 1, **options)
