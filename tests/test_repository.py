@@ -208,3 +208,18 @@ def test_an_old_python_gets_one_sentence(tmp_path, version, status):
     said = [line for line in (run.stdout + run.stderr).splitlines() if not line.startswith("make:")]
     assert len(said) == status
     assert all("Python 3.11" in line for line in said)
+
+
+def test_every_room_of_the_package_is_on_the_map():
+    """CONTRIBUTING.md names each top-level module of vlm_course, and no module that is gone."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("## Rooms") : text.index("## New weights")]
+    named = {
+        name
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    rooms = {path.stem for path in (ROOT / "vlm_course").glob("*.py") if not path.stem.startswith("__")}
+    rooms |= {path.parent.name for path in (ROOT / "vlm_course").glob("*/__init__.py")}
+    assert named == rooms
