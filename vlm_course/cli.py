@@ -181,11 +181,12 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     weights: Annotated[Path | None, typer.Option(help="Folder of other weights than the shipped ones.")] = None,
+    tuned: Annotated[bool, typer.Option("--tuned", help="With the bridge tuned on easy-VQA.")] = False,
 ) -> None:
     """Measure the shipped model beside its controls: no image, a swapped image, any object, the majority answer."""
     from vlm_course import evaluation
 
-    evaluation.main(suite.value, json_file=json, n=n, device=device, folder=weights)
+    evaluation.main(suite.value, json_file=json, n=n, device=device, folder=weights, tuned=tuned)
 
 
 def main() -> None:

@@ -161,6 +161,7 @@ def main(
     n: int | None = None,
     device: str = "cpu",
     folder: Path | str | None = None,
+    tuned: bool = False,
 ) -> dict:
     """Measure the shipped model, print the table, and write it to `json_file` where one is given.
 
@@ -168,15 +169,17 @@ def main(
         suite: "scenes" or "easy-vqa".
         n: scenes, or questions of easy-VQA; 2,000 and all by default.
         folder: weights elsewhere than in the package.
+        tuned: with the bridge that was tuned on easy-VQA.
 
     Raises:
         ValueError: an unknown suite.
     """
     from .pretrained import FOLDER, load_small
+    from .pretrained.easy_vqa_tuning import load_tuned
 
     if suite not in ("scenes", "easy-vqa"):
         raise ValueError(f'suite must be "scenes" or "easy-vqa", not {suite!r}')
-    small = load_small(device, folder=folder or FOLDER)
+    small = (load_tuned if tuned else load_small)(device, folder=folder or FOLDER)
     began = time.monotonic()
     if suite == "scenes":
         table = evaluate_scenes(small.model, small.tokenizer, n=n or 2000)

@@ -164,3 +164,20 @@ def test_it_answers_easy_vqa_beyond_the_majority(small):
     assert row["questions"] == 30 and row["model"] > row["majority"] + 0.2 and row["model"] > row["swapped"]
     with pytest.raises(ValueError, match="got 0"):
         evaluate_easy_vqa(small.model, small.tokenizer, limit=0)
+
+
+def test_the_readme_says_what_the_cards_say(small):
+    readme = (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in readme.splitlines() if line.startswith("| ")]
+    shown = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    names = {"colour of an object": "colour", "box, mean IoU": "box_iou", "whole caption": "caption"}
+    names |= {"colour, for a pair of shape and colour never shown": "held-out colour", "count": "count"}
+    names |= {"shape, for such a pair": "held-out shape", "left, right, above, below": "relation"}
+    for name, measure in names.items():
+        row = small.card["table"][measure]
+        columns = ("model", "blind", "swapped", "any object", "majority")
+        assert shown[name] == [f"{row[c]:.3f}" if c in row else "" for c in columns], name
+    card = json.loads((FOLDER / "easy_vqa_card.json").read_text(encoding="utf-8"))
+    numbers = (card["zero-shot"]["all"]["model"], card["table"]["all"]["model"], card["table"]["all"]["majority"])
+    assert "answers {:.3f} as it is; with its bridge tuned on the training split, {:.3f}".format(*numbers) in readme
+    assert f"(the commonest answer: {numbers[2]:.3f})" in readme

@@ -1,8 +1,9 @@
 """Outputs that depend on the process, the clock or chance become constant; all others stay."""
 
+import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from vlm_course.build.normalise import WIDGETS, normalise, output_problems
+from vlm_course.build.normalise import WIDGETS, keep_times, normalise, output_problems
 from vlm_course.build.source import NOTEBOOK_METADATA
 
 
@@ -55,3 +56,25 @@ def test_what_a_solved_notebook_must_not_show(tmp_path):
     assert any("writes to stderr: UserWarning" in problem for problem in problems)
     assert any(f"prints the path {tmp_path} of this machine" in problem for problem in problems)
     assert output_problems(notebook([new_output("stream", name="stdout", text="fine")]), "00_x", tmp_path) == []
+
+
+def timed(text, *tags, source="time()"):
+    cell = new_code_cell(source, id="c1", outputs=[new_output("stream", name="stdout", text=text)])
+    cell.metadata["tags"] = list(tags)
+    return new_notebook(cells=[cell])
+
+
+@pytest.mark.parametrize(
+    ("new", "kept"),
+    [
+        (timed("linear   0.39 ms", "nbval-ignore-output"), True),
+        (timed("linear  10.3 ms", "nbval-ignore-output"), True),  # aligned: another number of spaces
+        (timed("bilinear 0.39 ms", "nbval-ignore-output"), False),
+        (timed("linear   0.39 ms", "nbval-ignore-output", source="time(2)"), False),
+        (timed("linear   0.39 ms"), False),  # an output that is compared is always the new one
+    ],
+)
+def test_a_rebuild_keeps_times_and_nothing_else(new, kept):
+    text = new.cells[0].outputs[0].text
+    keep_times(new, timed("linear   0.41 ms", "nbval-ignore-output"))
+    assert new.cells[0].outputs[0].text == ("linear   0.41 ms" if kept else text)

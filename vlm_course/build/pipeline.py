@@ -10,7 +10,7 @@ from vlm_course.build.course import REPOSITORY, Chapter, Course
 from vlm_course.build.errors import BuildError, cell_name
 from vlm_course.build.execute import Cost, execute
 from vlm_course.build.fingerprint import fingerprint
-from vlm_course.build.normalise import normalise, output_problems
+from vlm_course.build.normalise import keep_times, normalise, output_problems
 from vlm_course.build.source import read_source
 from vlm_course.build.student import make_student, unsolved_problems
 
@@ -35,6 +35,8 @@ def build_chapters(
 
 def build_chapter(chapter: Chapter, *, measure: bool = False) -> Cost:
     """Execute one chapter solved and unsolved, then write both notebooks; on any error nothing is written."""
+    import nbformat
+
     notebook = read_source(chapter.source)
     student = make_student(notebook, chapter.slug)
     executed, cost = _solved(notebook, chapter)
@@ -44,6 +46,8 @@ def build_chapter(chapter: Chapter, *, measure: bool = False) -> Cost:
         raise BuildError("\n".join(problems))
     if _record(chapter, cost, measure=measure):
         executed, _ = _solved(notebook, chapter)  # the head of the chapter prints the cost, so it has to be run again
+    if chapter.solved.exists() and not measure:
+        keep_times(executed, nbformat.read(chapter.solved, as_version=4))
     entry = read_costs(_costs_file(chapter)).get(chapter.slug)
     executed.metadata["vlm_course"] = {"fingerprint": fingerprint(notebook, entry, PACKAGE)}
     _write(executed, chapter.solved)

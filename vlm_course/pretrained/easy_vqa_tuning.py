@@ -36,7 +36,7 @@ def load_tuned(device: str = "cpu", *, folder: Path | str = FOLDER) -> Small:
         raise FileNotFoundError(
             f"{path.name} is missing: make it with `python -m vlm_course.pretrained.easy_vqa_tuning`"
         )
-    small = load_small(device)
+    small = load_small(device, folder=folder)
     weights = {name: value.float() for name, value in load_file(path, device=str(device)).items()}
     small.model.bridge.load_state_dict(weights)
     return small
