@@ -156,8 +156,9 @@ print(json.dumps([loaded, min(seconds[1:]), unwanted]))
 """
 
 
+@pytest.mark.serial
 def test_imports_and_time(scene, tmp_path):
-    """On two idle cores: 2 s to load, 0.3 s a question. Three tries, because other work may share the machine."""
+    """On two cores: 2 s to load, 0.3 s a question. Three tries, because other work may share the machine."""
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     times = []
     for _ in range(3):
@@ -169,6 +170,4 @@ def test_imports_and_time(scene, tmp_path):
         times.append((loaded, seconds))
         if loaded <= 2 and seconds <= 0.3:
             return
-    busy = os.getloadavg()[0] > 1.5
-    assert not busy or pytest.skip(f"the machine is busy, so times mean little: {times}")
     pytest.fail(f"seconds to load and to answer: {times}")

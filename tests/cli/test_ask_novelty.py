@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import skimage
 import torch
 
 from vlm_course.ask import novelty
@@ -24,7 +25,6 @@ def model():
 
 
 def photos() -> list[Path]:
-    skimage = pytest.importorskip("skimage")
     folder = Path(skimage.__file__).parent / "data"
     return [folder / name for name in PHOTOS if (folder / name).is_file()]
 
