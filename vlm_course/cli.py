@@ -172,6 +172,32 @@ def _fastest_device() -> str:
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="Name of a study, or `all`.", show_default=False)],
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.", show_default="the first of them here")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the results; finished runs are skipped.")] = Path("runs/study"),
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Stop in good time, with everything saved.")] = None,
+    scale: Annotated[float, typer.Option(min=1e-4, max=1.0, help="A rehearsal: this share of the steps.")] = 1.0,
+) -> None:
+    """Train the tiny models of a chapter's comparison again; a second call goes on where the first one stopped."""
+    import time
+
+    from vlm_course import studies
+    from vlm_course.studies import common
+
+    device = _fastest_device() if device is None else device
+    chosen = [studies.study(each) for each in (studies.STUDIES if name == "all" else [name])]
+    deadline = time.monotonic() + 60 * minutes if minutes else None
+    for each in chosen:
+        left = (deadline - time.monotonic()) / 60 if deadline else None
+        done = common.run_study(each, device=device, seeds=seeds, out=out, minutes=left, scale=scale)
+        if done is None:
+            typer.echo("Not finished; the same command goes on from here.")
+            return
+
+
+@app.command()
 def evaluate(
     suite: Annotated[Suite, typer.Option(help="Which questions.")] = Suite.scenes,
     json: Annotated[Path | None, typer.Option(help="Write the table to this file as well.")] = None,

@@ -1,0 +1,111 @@
+"""The loop that all studies share: it resumes, says that a rehearsal is one, and its results can be loaded."""
+
+import json
+
+import pytest
+import torch
+
+from vlm_course.pretrained import load_small
+from vlm_course.studies import STUDIES, study
+from vlm_course.studies.common import Lab, Study, learned, load_results, run_study, tiny_llava
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load_small()
+
+
+@pytest.fixture
+def counting():
+    """A study that trains nothing and counts its runs."""
+    runs = []
+
+    def train(variant, lab):
+        runs.append((variant, lab.seed))
+        lab.progress(0.5)
+        return {"score": {"model": float(lab.seed), "blind": 0.25}}, {"w": torch.ones(2)}
+
+    return Study("counting", "Does it count?", {"a": "first", "b": "second"}, train), runs
+
+
+def test_every_registered_study_can_be_imported():
+    for name in STUDIES:
+        assert study(name).name == name
+        assert study(name).variants
+
+
+def test_an_unknown_study_is_named():
+    with pytest.raises(ValueError, match="no study 'nothing'"):
+        study("nothing")
+
+
+def test_a_study_writes_mean_and_spread_and_skips_what_is_done(counting, tmp_path):
+    plan, runs = counting
+    shares = []
+    path = run_study(plan, seeds=3, out=tmp_path, scale=0.5, log=lambda _: None, progress=shares.append)
+    assert len(runs) == 6 and shares[-1] == 1.0 and shares == sorted(shares)
+    record = json.loads(path.read_text())
+    assert record["rehearsal"] is True
+    score = record["variants"]["a"]["measures"]["score"]
+    assert score["model"] == {"mean": 1.0, "spread": 2.0, "values": [0.0, 1.0, 2.0]}
+    assert score["blind"]["spread"] == 0.0
+    assert (tmp_path / "counting-b.safetensors").is_file()
+    run_study(plan, seeds=3, out=tmp_path, scale=0.5, log=lambda _: None)
+    assert len(runs) == 6
+    (tmp_path / "counting-b-1.json").unlink()
+    run_study(plan, seeds=3, out=tmp_path, scale=0.5, log=lambda _: None)
+    assert runs[6:] == [("b", 1)]
+
+
+def test_a_rehearsal_is_not_mixed_with_a_result(counting, tmp_path):
+    plan, _ = counting
+    run_study(plan, seeds=1, out=tmp_path, scale=0.5, log=lambda _: None)
+    with pytest.raises(ValueError, match=r"made with scale 0\.5, asked is 1\.0"):
+        run_study(plan, seeds=1, out=tmp_path, log=lambda _: None)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"seeds": 0}, "seeds is 0"), ({"scale": 0.0}, "scale is 0")])
+def test_what_cannot_be_run_is_said(counting, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_study(counting[0], out=tmp_path, **options)
+
+
+def test_results_are_read_by_name_and_a_rehearsal_says_so(counting, tmp_path):
+    run_study(counting[0], seeds=2, out=tmp_path, scale=0.5, log=lambda _: None)
+    results = load_results("counting", tmp_path)
+    assert results.mean("b", "score", "model") == 0.5
+    assert results.note().startswith("REHEARSAL")
+    with pytest.raises(ValueError, match="no 'colour' here; there is score"):
+        results.value("a", "colour")
+    with pytest.raises(ValueError, match="no results of the study 'other'"):
+        load_results("other", tmp_path)
+
+
+def test_fit_moves_bridge_and_decoder_and_leaves_the_tower(small, tmp_path):
+    lab = Lab(small, scale=0.001, folder=tmp_path, log=lambda _: None)
+    model = tiny_llava(small, seed=0)
+    assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("vision.")) < 1_200_000
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss(step, batch):
+        scenes, generator = lab.scenes_at(0, step, batch)
+        turns = [lab.dialogs.ask(scenes, "colour", generator=generator)]
+        ids, labels = lab.dialogs.conversation(turns, visual_tokens=model.config.visual_tokens, length=190)
+        return lab.answer_loss(model, ids, labels, lab.images(scenes, generator))
+
+    lab.fit(model, loss, name="test", steps=1000, lr=1e-3, batch=4)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[0] for name in moved} == {"bridge", "decoder"}
+
+
+def test_what_was_learned_can_be_loaded_again(small, tmp_path):
+    from safetensors.torch import save_file
+
+    model = tiny_llava(small, seed=3)
+    save_file(learned(model), tmp_path / "counting-a.safetensors")
+    (tmp_path / "counting.json").write_text(json.dumps({"study": "counting", "rehearsal": True}))
+    again = load_results("counting", tmp_path).load("a", small)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], value, atol=1e-3), name
+    ids = torch.tensor([[small.tokenizer.bos_id, small.tokenizer.user_id]])
+    assert torch.allclose(again(ids), model(ids), atol=0.02)

@@ -1,0 +1,406 @@
+"""What all studies share: a tiny LLaVA on the shipped vision tower, its training loop, and results that say who they
+are.
+
+A run is one variant with one seed. It leaves one JSON file, and a run whose file exists is skipped, so an interrupted
+study goes on with the same call.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decoder import DecoderConfig
+from ..llava import Llava, LlavaConfig
+from ..loss import response_loss
+from ..pretrained import Small, load_small
+from ..training import Paused, Stage, fit
+from ..worlds.dialogs import Dialogs
+from ..worlds.scenes import Scenes, render, sample
+
+DATA = Path(__file__).parent / "data"  # the results that come with the course
+BATCH, REHEARSAL_BATCH = 512, 16
+TEST_SEED = 3_000_000_000  # scenes to measure on; those of training have seeds far below
+
+Measures = dict[str, Any]  # name -> number, or name -> Measures
+
+
+@dataclass(frozen=True)
+class Study:
+    """An experiment: what it asks, what differs between its variants, and how one run of a variant goes.
+
+    `train(variant, lab)` trains with the lab's seed and returns (measures, weights): numbers, nested by name as deep as
+    wanted, and the tensors worth shipping (None: nothing).
+    """
+
+    name: str
+    question: str
+    variants: Mapping[str, str]  # name -> what is particular about it
+    train: Callable[[str, Lab], tuple[Measures, dict[str, Tensor] | None]]
+    data: str = "scenes drawn on the device while training, in the train split of vlm_course.worlds.scenes"
+
+
+def tiny_config(small: Small, **text) -> LlavaConfig:
+    """The model of the studies: the shipped tower, an MLP bridge, a decoder of under a million parameters.
+
+    `text` replaces sizes of the decoder.
+    """
+    sizes = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_width": 352, "max_positions": 512} | text
+    return LlavaConfig(
+        vision=small.model.config.vision,
+        text=DecoderConfig(vocab_size=small.tokenizer.vocab_size, **sizes),
+        image_id=small.tokenizer.image_id,
+        feature_layer=small.model.config.feature_layer,
+    )
+
+
+def tiny_llava(small: Small, *, seed: int, bridge: nn.Module | None = None, **text) -> Llava:
+    """A fresh bridge and decoder, drawn from the seed, behind the shipped vision tower (shared, not copied)."""
+    device = next(small.model.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Llava(tiny_config(small, **text), bridge=bridge)
+    model.vision = small.model.vision
+    return model.to(device)
+
+
+def learned(model: Llava) -> dict[str, Tensor]:
+    """What a run has learned: all tensors but those of the vision tower, in half precision on the CPU."""
+    state = model.state_dict().items()
+    return {k: v.detach().cpu().half().contiguous() for k, v in state if not k.startswith("vision.")}
+
+
+@dataclass
+class Lab:
+    """Where one run happens: device, seed, size of the rehearsal, and the loop.
+
+    Attributes:
+        scale: share of the steps; below 1 it is a rehearsal, with smaller batches too.
+        tests: scenes to measure on.
+        shared: values that runs of one call hand on to the next, such as a compiled function or a warm start.
+    """
+
+    small: Small
+    seed: int = 0
+    scale: float = 1.0
+    folder: Path = Path("runs/study")
+    deadline: float | None = None
+    log: Callable[[str], None] = print
+    progress: Callable[[float], None] = lambda share: None
+    shared: dict = field(default_factory=dict)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(self.small.model.parameters()).device
+
+    @cached_property
+    def dialogs(self) -> Dialogs:
+        return Dialogs(self.small.tokenizer, device=self.device)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.scale < 1.0
+
+    @property
+    def tests(self) -> int:
+        return 1000 if not self.rehearsal else 32
+
+    def compiled(self, function: Callable) -> Callable:
+        """The function compiled once for all runs of this call; on a CPU the function itself.
+
+        It must be defined at the top of a module: what differs between runs (the model) is an argument.
+        """
+        if not self.cuda:
+            return function
+        if function not in self.shared:
+            self.shared[function] = torch.compile(function, dynamic=False)
+        return self.shared[function]
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the bridge gets to see: [B, 3, H, W] -> [B, N, D_vision]."""
+        model = self.small.model
+        return self.compiled(_features)(model.vision, pixels, model.config.feature_layer)
+
+    def images(self, scenes: Scenes, generator: torch.Generator) -> Tensor:
+        """The images of scenes, with noise from the generator: [B, 3, 96, 96]."""
+        return self.compiled(render)(scenes, generator=generator)
+
+    def scenes_at(self, number: int, step: int, batch: int, **options) -> tuple[Scenes, torch.Generator]:
+        """The training scenes of one step; `number` tells the stages of a run apart. The same for every variant."""
+        generator = torch.Generator(self.device)
+        generator.manual_seed(((self.seed + 1) * 10 + number) * 1_000_000 + step)
+        return sample(batch, generator=generator, device=self.device, **options), generator
+
+    def test_scenes(self, n: int | None = None, **options) -> tuple[Scenes, torch.Generator]:
+        """Scenes that no training saw; every run gets the same."""
+        generator = torch.Generator(self.device).manual_seed(TEST_SEED)
+        return sample(n or self.tests, generator=generator, device=self.device, **options), generator
+
+    def fit(
+        self,
+        model: nn.Module,
+        loss_at: Callable[[int, int], Tensor],
+        *,
+        name: str,
+        steps: int,
+        lr: float,
+        trains: tuple[str, ...] = ("bridge.", "decoder."),
+        batch: int = BATCH,
+        weight_decay: float = 0.05,
+    ) -> None:
+        """Train `trains` of the model for `steps` steps; `loss_at(step, batch)` is the loss of one step.
+
+        In a rehearsal there are fewer steps and smaller batches. Raises `Paused` at the deadline: the run goes on
+        there the next time.
+        """
+        steps = max(2, round(steps * self.scale))
+        batch = min(batch, REHEARSAL_BATCH) if self.rehearsal else batch
+        checkpoint = self.folder / "checkpoints" / f"{name}-{self.seed}.pt"
+        stage = Stage(name, trains=trains, steps=steps, batch=batch, lr=lr, weight_decay=weight_decay)
+
+        def step_loss(step: int) -> Tensor:
+            self.progress((step + 1) / steps)
+            return loss_at(step, batch)
+
+        fit(
+            model,
+            stage,
+            step_loss,
+            checkpoint=checkpoint,
+            autocast=torch.bfloat16 if self.cuda else None,
+            deadline=self.deadline,
+            log=self.log,
+        )
+        model.eval()
+
+    def answer_loss(self, model: Llava, ids: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
+        """The loss of a batch of conversations [B, T] about images [B, 3, H, W], in a compiled pass on a GPU.
+
+        Keep T the same from step to step: another T is another compilation.
+        """
+        text = ids.shape[1] - 1 - model.config.visual_tokens
+        return self.compiled(_answer_loss)(model, ids, labels, self.features(pixels), text)
+
+    def text_loss(self, model: Llava, ids: Tensor) -> Tensor:
+        """The loss of a batch of texts [B, T] on every token but <pad>, without images."""
+        labels = torch.where(ids == self.small.tokenizer.pad_id, -100, ids)
+        return self.compiled(_text_loss)(model, ids, labels)
+
+
+def _features(vision: nn.Module, pixels: Tensor, layer: int) -> Tensor:
+    return vision.patch_features(pixels, layer=layer)
+
+
+def _answer_loss(model: Llava, ids: Tensor, labels: Tensor, patches: Tensor, text: int) -> Tensor:
+    logits = model(ids, image_features=model.bridge(patches), logits_to_keep=text, check=False)
+    return response_loss(logits, labels[:, -text:])
+
+
+def _text_loss(model: Llava, ids: Tensor, labels: Tensor) -> Tensor:
+    return response_loss(model(ids), labels)
+
+
+# --- running a study --------------------------------------------------------------------------------------------------
+
+
+def run_study(
+    study: Study,
+    *,
+    device: str = "cpu",
+    seeds: int = 3,
+    out: Path | str = "runs/study",
+    minutes: float | None = None,
+    scale: float = 1.0,
+    log: Callable[[str], None] = print,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Path | None:
+    """Train and measure every variant with every seed, as far as it is not done yet, and write the table.
+
+    Args:
+        seeds: runs of every variant, with seeds 0, 1, ...
+        out: folder of the results; one file a run, then `NAME.json` and a `.safetensors` a variant.
+        minutes: stop in good time.
+        scale: below 1 a rehearsal: this share of the steps, on small batches. Its table says so.
+        progress: is told the share that is done, 0 to 1, now and then.
+
+    Returns:
+        the table's path, or None when time ran out: the same call goes on.
+
+    Raises:
+        ValueError: no seed, or a scale that is not in (0, 1].
+    """
+    from safetensors.torch import save_file
+
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}: a study needs at least one")
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale is {scale}, expected a share of the steps, above 0 and at most 1")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes if minutes else None
+    if torch.device(device).type == "cuda":
+        from torch import _dynamo
+
+        torch.set_float32_matmul_precision("high")
+        _dynamo.config.recompile_limit = 64  # several models and lengths share one compiled function
+    small = load_small(device)
+    runs = [(variant, seed) for seed in range(seeds) for variant in study.variants]
+    shared: dict = {}
+    for number, (variant, seed) in enumerate(runs):
+        file = out / f"{study.name}-{variant}-{seed}.json"
+        if file.is_file():
+            _check_same_scale(file, scale)
+            continue
+        lab = Lab(
+            small,
+            seed,
+            scale,
+            out,
+            deadline,
+            log,
+            partial(lambda share, number: progress((number + share) / len(runs)), number=number),
+            shared,
+        )
+        log(f"{study.name}: {variant}, seed {seed} ({number + 1} of {len(runs)})")
+        began = time.monotonic()
+        try:
+            measures, weights = study.train(variant, lab)
+        except Paused as pause:
+            log(f"{pause}; call again to go on")
+            return None
+        if weights is not None and seed == 0:
+            save_file(weights, out / f"{study.name}-{variant}.safetensors")
+        record = {"scale": scale, "minutes": round((time.monotonic() - began) / 60, 2), "measures": measures}
+        _write(file, record)
+    progress(1.0)
+    table = out / f"{study.name}.json"
+    _write(table, collect(study, out, seeds=seeds, scale=scale, device=device))
+    log(f"written: {table}")
+    return table
+
+
+def _check_same_scale(file: Path, scale: float) -> None:
+    stored = json.loads(file.read_text(encoding="utf-8"))["scale"]
+    if stored != scale:
+        raise ValueError(f"{file} was made with scale {stored}, asked is {scale}: give another folder, or delete it")
+
+
+def _write(path: Path, record: dict) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def collect(study: Study, out: Path, *, seeds: int, scale: float, device: str) -> dict:
+    """The table of a finished study: every measure as mean, spread (highest minus lowest) and the values by seed."""
+    variants, minutes = {}, 0.0
+    for variant, says in study.variants.items():
+        files = [out / f"{study.name}-{variant}-{seed}.json" for seed in range(seeds)]
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        minutes += sum(record["minutes"] for record in records)
+        variants[variant] = {"says": says, "measures": _over_seeds([record["measures"] for record in records])}
+    options = f" --device {device} --seeds {seeds}" + (f" --scale {scale}" if scale < 1 else "")
+    card = {
+        "data": study.data,
+        "seeds": seeds,
+        "hardware": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.processor(),
+        "minutes": round(minutes, 1),
+        "command": f"vlm-course study {study.name}{options}",
+        "torch": torch.__version__,
+    }
+    return {
+        "study": study.name,
+        "question": study.question,
+        "rehearsal": scale < 1,
+        "variants": variants,
+        "card": card,
+    }
+
+
+def _over_seeds(values: list) -> dict:
+    if isinstance(values[0], dict):
+        return {key: _over_seeds([value[key] for value in values]) for key in values[0]}
+    rounded = [round(float(value), 5) for value in values]
+    spread = max(rounded) - min(rounded)
+    return {"mean": round(statistics.fmean(rounded), 5), "spread": round(spread, 5), "values": rounded}
+
+
+# --- reading its results ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished study, as a chapter reads it."""
+
+    record: dict
+    folder: Path
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.record["rehearsal"]
+
+    @property
+    def variants(self) -> dict[str, str]:
+        return {name: entry["says"] for name, entry in self.record["variants"].items()}
+
+    def value(self, variant: str, *path: str) -> dict:
+        """One measure, named by its path: {"mean", "spread", "values"}.
+
+        Raises ValueError, naming what there is, where the table has no such entry.
+        """
+        here = self.record["variants"]
+        for name in (variant, "measures", *path):
+            if name not in here:
+                raise ValueError(f"the study has no {name!r} here; there is {', '.join(here)}")
+            here = here[name]
+        return here
+
+    def mean(self, variant: str, *path: str) -> float:
+        return self.value(variant, *path)["mean"]
+
+    def spread(self, variant: str, *path: str) -> float:
+        return self.value(variant, *path)["spread"]
+
+    def note(self) -> str:
+        """One sentence for the reader: where the numbers come from, and a warning when it was a rehearsal."""
+        card = self.record["card"]
+        made = f"{card['seeds']} seed{'s' * (card['seeds'] > 1)} a variant, {card['minutes']} minutes in all on "
+        made += f"{card['hardware'] or 'a CPU'}; made again by: {card['command']}"
+        if self.rehearsal:
+            return f"REHEARSAL, not a result: a few steps, to show the form of the table. {made}"
+        return made
+
+    def load(self, variant: str, small: Small, **text) -> Llava:
+        """The shipped model of one variant, in float32 and eval mode, behind the given model's vision tower."""
+        from safetensors.torch import load_file
+
+        model = tiny_llava(small, seed=0, **text)
+        device = next(small.model.parameters()).device
+        path = self.folder / f"{self.record['study']}-{variant}.safetensors"
+        weights = {name: value.float() for name, value in load_file(path, device=str(device)).items()}
+        vision = {name: value for name, value in model.state_dict().items() if name.startswith("vision.")}
+        model.load_state_dict(weights | vision)
+        return model.eval().requires_grad_(False)
+
+
+def load_results(name: str, folder: Path | str = DATA) -> Results:
+    """The results of a study. Raises ValueError where there are none."""
+    file = Path(folder) / f"{name}.json"
+    if not file.is_file():
+        raise ValueError(f"there are no results of the study {name!r} in {folder}: run `vlm-course study {name}`")
+    return Results(json.loads(file.read_text(encoding="utf-8")), Path(folder))
