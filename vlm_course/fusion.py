@@ -109,6 +109,13 @@ def packed_media_mask(ids: Tensor, image_id: int, n_images: int, eos_id: int) ->
     return media_mask(ids, image_id, n_images) & (last_image > before)[:, :, None]
 
 
+class SquaredReLU(nn.Module):
+    """max(x, 0) squared: the activation in Flamingo's new layers. Source: Primer (So et al. 2021, arXiv 2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
 def _cross_attention_rule(self, text, media, mask):
     hint = "was the block built for other towers?"
     require_shape(text, "text", "B T D", D=self.to_q.in_features, hint=hint)
@@ -122,9 +129,12 @@ class GatedCrossAttention(nn.Module):
     changes nothing until it is trained.
 
     forward: text [B, T, D], media [B, n_images, M, D_media], mask [B, T, n_images] from `media_mask` -> [B, T, D].
-    `norm` is called with a width. `feed_forward` holds its own norm; by default it is Flamingo's, LayerNorm and a
-    GELU MLP of four times the width; Idefics has RMSNorm and SwiGLU.
-    Source: Flamingo (Alayrac et al. 2022), section 2.2 and figure 4.
+    `norm` is called with a width. `feed_forward` holds its own norm; by default it is a LayerNorm and an MLP of four
+    times the width with `activation` inside. Implementations differ there: the paper's table of sizes lists
+    `SquaredReLU`, open_flamingo's code has GELU (the default here), Idefics RMSNorm and SwiGLU. Biases: none.
+    Sources: Flamingo (Alayrac et al. 2022, arXiv 2204.14198), section 2.2, figure 4 and, for the activation, the table
+    of sizes in its appendix as the flamingo-mini project's wiki quotes it; mlfoundations/open_flamingo,
+    open_flamingo/src/helpers.py, GatedCrossAttentionBlock.
     """
 
     def __init__(
@@ -135,6 +145,7 @@ class GatedCrossAttention(nn.Module):
         heads: int = 8,
         head_dim: int = 64,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        activation: Callable[[], nn.Module] = nn.GELU,
         feed_forward: nn.Module | None = None,
     ):
         super().__init__()
@@ -146,7 +157,7 @@ class GatedCrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
         self.attention_gate = nn.Parameter(torch.zeros(1))
         if feed_forward is None:
-            mlp = [nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False)]
+            mlp = [nn.Linear(dim, 4 * dim, bias=False), activation(), nn.Linear(4 * dim, dim, bias=False)]
             feed_forward = nn.Sequential(norm(dim), *mlp)
         self.feed_forward = feed_forward
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
