@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Name -> module with a `STUDY`.
 STUDIES = {
     "instruction-mix": "vlm_course.studies.instruction_mix",
+    "hallucination": "vlm_course.studies.hallucination",
     "feature-layer": "vlm_course.studies.feature_layer",
 }
 
