@@ -76,10 +76,10 @@ def small():
 
 @pytest.fixture(scope="session")
 def exam(small):
-    """Questions of every kind about 32 scenes that no training saw."""
+    """Questions of every kind about 24 scenes that no training saw."""
     from vlm_course.probe_questions import question_set
 
-    return question_set(small.tokenizer, scenes=32, seed=11)
+    return question_set(small.tokenizer, scenes=24, seed=11)
 
 
 @pytest.fixture(scope="session")
