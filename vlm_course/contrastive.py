@@ -87,6 +87,24 @@ class TextTower(nn.Module):
         return self.final_norm(x)
 
 
+def _check_pairs(images: torch.Tensor, captions: torch.Tensor, logit_scale: torch.Tensor) -> None:
+    require_shape(images, "images", "images E")
+    hint = "were both brought to the shared space by their projections?"
+    require_shape(captions, "captions", "captions E", E=images.shape[1], hint=hint)
+
+
+@checks(_check_pairs)
+def contrastive_logits(images: torch.Tensor, captions: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """Cosine of every image with every caption, times a learned temperature that stays at or below 100.
+
+    Args: images [B, E], captions [B', E], projected but of any length; logit_scale [], the temperature's logarithm.
+    Returns [B, B'], rows are images. Source: CLIP, section 2.5 (clipping) and figure 3.
+    """
+    images, captions = F.normalize(images, dim=-1), F.normalize(captions, dim=-1)
+    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    return scale * images @ captions.T  # [B, E] x [E, B'] -> [B, B']
+
+
 class ContrastiveModel(nn.Module):
     """CLIP: both towers, a linear map into a shared space for each, and a learned temperature.
 
@@ -112,9 +130,9 @@ class ContrastiveModel(nn.Module):
         return F.normalize(self.text_projection(self.text(ids)), dim=-1)
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        image, text = self.encode_image(pixels), self.encode_text(ids)  # [B, E], [B, E]
-        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        return scale * image @ text.T  # [B, E] x [E, B] -> [B, B]
+        images = self.image_projection(self.vision.pooled(pixels))  # [B, 3, H, W] -> [B, E]
+        captions = self.text_projection(self.text(ids))  # [B, T] -> [B, E]
+        return contrastive_logits(images, captions, self.logit_scale)  # -> [B, B]
 
 
 def _check_logits(logits: torch.Tensor) -> None:

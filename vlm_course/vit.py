@@ -13,7 +13,7 @@ from torch import nn
 
 from vlm_course.attention import attend
 from vlm_course.patches import PatchEmbedding, interpolate_positions
-from vlm_course.validation import require_divisible, require_shape
+from vlm_course.validation import checks, require_divisible, require_shape
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -122,6 +122,48 @@ def init_transformer(blocks: nn.ModuleList) -> None:
             linear.weight.mul_((2 * len(blocks)) ** -0.5)
 
 
+def _check_sequence(patches: torch.Tensor, class_token: torch.Tensor, positions: torch.Tensor) -> None:
+    require_shape(patches, "patches", "B N D")
+    N, D = patches.shape[1:]
+    require_shape(class_token, "class_token", "D", D=D)
+    hint = f"the image gave {N} patches, and the class token has a position too"
+    require_shape(positions, "positions", "1+N D", D=D, **{"1+N": 1 + N}, hint=hint)
+
+
+@checks(_check_sequence)
+def add_class_and_positions(patches: torch.Tensor, class_token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Put the class token before the patches and add a learned position to each of them.
+
+    Args: patches [B, N, D]; class_token [D]; positions [1+N, D], row 0 for the class token. Returns [B, 1+N, D].
+    Raises ValueError when the positions are not one more than the patches. Source: Dosovitskiy et al. 2021, equation 1.
+    """
+    cls = class_token.expand(len(patches), 1, -1)  # [D] -> [B, 1, D]
+    return torch.cat([cls, patches], dim=1) + positions  # [B, 1, D], [B, N, D] -> [B, 1+N, D]
+
+
+def _check_selection(states: list[torch.Tensor], layer: int | list[int] = -2, strategy: str = "default") -> None:
+    if strategy not in ("default", "full"):
+        raise ValueError(f"strategy is {strategy!r}, expected 'default' (patches alone) or 'full' (class token too)")
+    for index in [layer] if isinstance(layer, int) else layer:
+        if not -len(states) <= index < len(states):
+            raise ValueError(f"layer is {index}, but there are {len(states)} hidden states")
+
+
+@checks(_check_selection)
+def select_features(states: list[torch.Tensor], layer: int | list[int] = -2, strategy: str = "default") -> torch.Tensor:
+    """What a language model gets of a vision tower's hidden states.
+
+    Args: states, layers+1 tensors [B, 1+N, D], the first being the input of block 1; layer, one of them or a list whose
+    features are joined along the width; strategy, "default" without the class token or "full" with it.
+    Returns [B, N, D], [B, N, k*D] for k layers, 1+N for "full". No norm is applied.
+    Source: Liu et al. 2023 (LLaVA), section 4.1; the names are those of transformers' LlavaConfig
+    (vision_feature_layer, vision_feature_select_strategy).
+    """
+    layers = [layer] if isinstance(layer, int) else layer
+    features = torch.cat([states[index] for index in layers], dim=-1)  # k x [B, 1+N, D] -> [B, 1+N, k*D]
+    return features[:, 1:] if strategy == "default" else features  # [B, 1+N, k*D] -> [B, N, k*D]
+
+
 class VisionTransformer(nn.Module):
     """CLIP's vision tower. forward: pixels [B, C, H, W] -> [B, 1+N, D], CLS first, before the final LayerNorm.
 
@@ -162,8 +204,7 @@ class VisionTransformer(nn.Module):
         if grid != self.config.grid:
             positions = interpolate_positions(positions, self.config.grid, grid)  # [1+N, D] -> [1+N', D]
         patches = self.patch_embedding(pixels)  # [B, C, H, W] -> [B, N, D]
-        cls = self.class_token.expand(len(patches), 1, -1)  # [D] -> [B, 1, D]
-        return self.pre_norm(torch.cat([cls, patches], dim=1) + positions)  # -> [B, 1+N, D]
+        return self.pre_norm(add_class_and_positions(patches, self.class_token, positions))  # -> [B, 1+N, D]
 
     def hidden_states(self, pixels: torch.Tensor, *, interpolate: bool = False) -> list[torch.Tensor]:
         """layers+1 tensors [B, 1+N, D]: the input of block 1, then every block's output."""
