@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 STUDIES = {
     "instruction-mix": "vlm_course.studies.instruction_mix",
     "hallucination": "vlm_course.studies.hallucination",
+    "fusion": "vlm_course.studies.fusion_strategies",
     "feature-layer": "vlm_course.studies.feature_layer",
 }
 
