@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .generation import generate
+from .grounding.metrics import intersection_and_union, share
 from .llava import Llava
 from .tokenizer import WordTokenizer
+from .validation import checks, require_shape
 from .worlds.dialogs import LOCATIONS, from_grid
 
 Table = dict[str, dict[str, float]]  # measure -> column -> value
@@ -103,13 +105,20 @@ def answer_many(
     return out.masked_fill(ended, tok.pad_id)
 
 
+def _check_boxes(a: Tensor, b: Tensor) -> None:
+    hint = "each row is a box x1, y1, x2, y2"
+    require_shape(a, "a", "B four", four=4, empty=True, hint=hint)
+    require_shape(b, "b", "B four", four=4, B=a.shape[0], empty=True, hint=hint)
+
+
+@checks(_check_boxes)
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of boxes row by row: xyxy [B, 4] each -> [B]; 0 where a box has no area."""
-    low, high = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
-    both = (high - low).clamp(min=0).prod(1)
-    area = lambda box: (box[:, 2:] - box[:, :2]).clamp(min=0).prod(1)  # noqa: E731
-    union = area(a) + area(b) - both
-    return torch.where(union > 0, both / union.clamp(min=1e-9), 0.0)
+    """Intersection over union of answers and truth, row by row: xyxy [B, 4] each -> [B].
+
+    A model may answer with no box at all: NaN, or corners in the wrong order, overlap nothing. For boxes that must be
+    boxes, and for all against all, there is `grounding.box_iou`, with the same arithmetic.
+    """
+    return share(*intersection_and_union(a, b), 0.0)
 
 
 def read_numbers(answers: Tensor, tokenizer: WordTokenizer, count: int, marks: str) -> Tensor:

@@ -16,10 +16,6 @@ from vlm_course.validation import checks, require_shape
 
 def _check_scores(weights: Tensor) -> None:
     require_shape(weights, "weights", "B H T S", hint="attention of one layer, not yet averaged over heads")
-    if min(weights.shape[1:3]) < 1:
-        raise ValueError(
-            f"weights has {weights.shape[1]} heads and {weights.shape[2]} queries, expected at least 1 each"
-        )
 
 
 @checks(_check_scores)
@@ -39,8 +35,6 @@ def _check_mask(is_image: Tensor, sizes: dict[str, int], device: torch.device) -
     if is_image.device != device:
         raise ValueError(f"is_image is on {is_image.device}, what it marks is on {device}")
     counts = is_image.sum(dim=1)
-    if len(counts) < 1:
-        raise ValueError("the batch has 0 rows, expected at least 1")
     if counts.min() != counts.max():
         least, most = int(counts.min()), int(counts.max())
         raise ValueError(f"one row has {least} image tokens, another {most}: rows must stay equally long when pruned")

@@ -298,7 +298,7 @@ META = torch.zeros(1, 4, device="meta")
         (lambda: pointing_accuracy(BOX[:, :2], BOX[0]), "1 dimensions.*2.*3"),
         (lambda: pointing_accuracy(BOX[:, :2], BOX, answered=torch.ones(2) > 0), r"\[2\].*\[1\]"),
         (lambda: masks_to_boxes(torch.cat([MASK, ~MASK])), "1 of 2 masks"),
-        (lambda: masks_to_boxes(MASK[:0]), "0 of 0"),
+        (lambda: masks_to_boxes(MASK[:0]), "N = 0.*at least 1"),
         (lambda: polygons_to_mask([], (3, 3)), "0 rings"),
         (lambda: polygons_to_mask([[(0, 0), (1, 1)]], (3, 3)), "2 corners.*at least 3"),
         (lambda: polygons_to_mask([[(0, 0), (1, 1), (math.nan, 0)]], (3, 3)), "finite"),
@@ -307,7 +307,7 @@ META = torch.zeros(1, 4, device="meta")
         (lambda: mask_to_polygons(MASK), "expected 2"),
         (lambda: mask_to_polygons(MASK[0].int()), "bool"),
         (lambda: mask_loss(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3, 2) > 0), r"\[1, 1, 3, 2\].*\[1, 1, 2, 3\]"),
-        (lambda: mask_loss(torch.zeros(1, 0, 2, 3), torch.zeros(1, 0, 2, 3) > 0), "at least one"),
+        (lambda: mask_loss(torch.zeros(1, 0, 2, 3), torch.zeros(1, 0, 2, 3) > 0), "Q = 0.*at least 1"),
     ],
 )  # fmt: skip
 def test_bad_numbers_are_refused_with_both_sides(make, words):
@@ -315,12 +315,9 @@ def test_bad_numbers_are_refused_with_both_sides(make, words):
         make()
 
 
-def test_two_devices_are_refused(monkeypatch):
+def test_two_devices_are_refused():
     # A meta tensor stands for another device; it has no values to check.
-    from vlm_course.grounding import metrics
-
-    monkeypatch.setattr(metrics, "_require_boxes", lambda *_: None)
-    with pytest.raises(ValueError, match="cpu and meta"):
+    with pytest.raises(ValueError, match="cpu.*meta"):
         box_iou(BOX, META)
 
 

@@ -182,24 +182,24 @@ HEADS = torch.randn(2, 3, 6, 4)
 BAD = {
     "rank": (lambda: bipartite_soft_matching(torch.zeros(6, 3), 1), "2 dimensions.*expected 3"),
     "integers": (lambda: bipartite_soft_matching(torch.zeros(2, 6, 3).long(), 1), "int64"),
-    "empty batch": (lambda: bipartite_soft_matching(torch.zeros(0, 6, 3), 1), r"\(0, 6, 3\).*at least one"),
+    "empty batch": (lambda: bipartite_soft_matching(torch.zeros(0, 6, 3), 1), "B = 0.*at least 1"),
     "NaN": (lambda: bipartite_soft_matching(X * float("nan"), 1), "NaN"),
     "negative r": (lambda: bipartite_soft_matching(X, -1), "r is -1"),
     "protected": (lambda: bipartite_soft_matching(X, 1, protected=7), "protected is 7.*6 tokens"),
     "tokens": (lambda: merge_tokens(torch.randn(2, 5, 3), torch.ones(2, 5), FOUND), r"\(2, 5\).*\(2, 6\)"),
     "size count": (lambda: merge_tokens(X, torch.ones(2, 5), FOUND), "N = 5.*expected 6"),
     "size zero": (lambda: merge_tokens(X, ONES * 0, FOUND), "not above 0"),
-    "sizes elsewhere": (lambda: merge_tokens(X, ONES.to("meta"), FOUND), "cpu and meta"),
+    "sizes elsewhere": (lambda: merge_tokens(X, ONES.to("meta"), FOUND), "cpu.*meta"),
     "unmerge": (lambda: unmerge_tokens(X, FOUND), "M = 6.*expected 4"),
     "then": (lambda: FOUND.then(FOUND), "6 tokens.*leaves 4"),
     "values": (lambda: proportional_attention(HEADS, HEADS, HEADS[:, :, :5], ONES), "S = 5.*expected 6"),
     "heads": (lambda: proportional_attention(HEADS, HEADS[:, :2], HEADS, ONES), "H = 2.*expected 3"),
     "sizes of attention": (lambda: proportional_attention(HEADS, HEADS, HEADS, ONES[:, :4]), "N = 4.*expected 6"),
-    "attention devices": (lambda: proportional_attention(HEADS, HEADS, HEADS, ONES.to("meta")), "cpu and meta"),
+    "attention devices": (lambda: proportional_attention(HEADS, HEADS, HEADS, ONES.to("meta")), "cpu.*meta"),
     "counts": (lambda: token_counts(0, 1, 1), "tokens is 0"),
     "counts r": (lambda: token_counts(5, -1, 1), "r is -1"),
     "forward": (lambda: merged_forward(None, X, -2), "r is -2"),
-    "matching elsewhere": (lambda: merge_tokens(X, ONES, Matching(FOUND.assignment.to("meta"), 4)), "cpu and meta"),
+    "matching elsewhere": (lambda: merge_tokens(X, ONES, Matching(FOUND.assignment.to("meta"), 4)), "cpu.*meta"),
 }
 
 
