@@ -1,7 +1,8 @@
 """Bridges: from a vision tower's features to a language model's embedding space.
 
-`LinearBridge` and `VisionProjection` keep every patch, `pixel_shuffle` trades patches for width, and
-`PerceiverResampler` and `CAbstractor` compress any number of patches to a fixed number of visual tokens.
+`LinearBridge` and `VisionProjection` keep every patch, `pixel_shuffle` and `ShuffleProjection` trade patches for width,
+and `PerceiverResampler` and `CAbstractor` compress any number of patches to a fixed number of visual tokens. `qformer`
+has the bridge that also reads the question.
 """
 
 from collections.abc import Callable
@@ -249,3 +250,31 @@ def pixel_shuffle(x: torch.Tensor, factor: int = 2, *, grid: tuple[int, int] | N
     x = x.reshape(B, rows // f, f, cols // f, f, D)  # [B, N, D] -> [B, rows/f, f, cols/f, f, D]
     x = x.transpose(2, 3)  # [B, rows/f, f, cols/f, f, D] -> [B, rows/f, cols/f, f, f, D]
     return x.reshape(B, N // f**2, f**2 * D)  # [B, rows/f, cols/f, f, f, D] -> [B, N/f**2, f**2*D]
+
+
+def _check_shuffled(self: "ShuffleProjection", features: torch.Tensor) -> None:
+    width = self.mlp[0].normalized_shape[0] // self.factor**2
+    require_shape(features, "features", "B N D", D=width, hint="was the bridge built for another vision tower?")
+    _check_shuffle(features, self.factor)
+
+
+@checks(_check_shuffled)
+class ShuffleProjection(nn.Module):
+    """InternVL's bridge: pixel shuffle, LayerNorm, MLP. forward: [B, N, D_vision] -> [B, N / factor**2, D_llm].
+
+    N must be a square whose side `factor` divides. Source: Chen et al. 2024 (InternVL 1.5, arXiv 2404.16821),
+    section 3.1, and its released code for the LayerNorm.
+    """
+
+    def __init__(self, vision_dim: int, llm_dim: int, *, factor: int = 2):
+        super().__init__()
+        self.factor = factor
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(factor**2 * vision_dim),
+            nn.Linear(factor**2 * vision_dim, llm_dim),
+            nn.GELU(),
+            nn.Linear(llm_dim, llm_dim),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.mlp(pixel_shuffle(features, self.factor))  # [B, N, D] -> [B, N/f**2, f**2*D] -> [B, N/f**2, D_llm]
