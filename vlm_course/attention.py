@@ -91,6 +91,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_ca
     S > T (torch's own flag lines up the first ones), and combines with `mask` (torch refuses both).
     A query that may attend to nothing gets zeros. Source: Vaswani et al. 2017, section 3.2.1.
     """
+    is_causal = is_causal and q.shape[-2] > 1  # the last query sees every key: one alone needs no causal mask
     if is_causal and (mask is not None or q.shape[-2] != k.shape[-2]):
         causal = causal_mask(q.shape[-2], offset=k.shape[-2] - q.shape[-2], device=q.device)
         mask, is_causal = causal if mask is None else causal & mask, False
