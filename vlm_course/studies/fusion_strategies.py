@@ -23,8 +23,8 @@ from .common import Lab, Measures, Results, Study, learned, tiny_config, tiny_ll
 
 STRATEGIES = ("early", "cross-attention", "resampler", "interleaved")
 QUERIES = 16
-STEPS, LR, TURNS, LENGTH = 600, 2e-3, 8, 136
-MIX = {"existence": 2.0, "colour": 2.0, "shape": 2.0, "count": 1.0, "caption": 1.0}
+STEPS, BATCH, LR, TURNS, LENGTH = 1200, 256, 2e-3, 12, 176
+MIX = {"existence": 3.0, "colour": 1.5, "shape": 1.5, "count": 0.5, "caption": 1.5}  # captions: many words an image
 EXAM = ("colour", "shape", "existence")
 
 
@@ -81,27 +81,38 @@ def in_one_row(ids: Tensor, labels: Tensor, pad_id: int) -> tuple[Tensor, Tensor
     return compact(ids, labels, pad_id=pad_id)
 
 
-def train(variant: str, lab: Lab) -> tuple[Measures, dict[str, Tensor]]:
-    """One run: eight turns about an image, or four about each of two, then the exam."""
-    model, tok = build(variant, lab.small, seed=lab.seed), lab.small.tokenizer
-    mix = torch.tensor([MIX.get(name, 0.0) for name in KINDS])
-    visual, images = placeholders(variant, lab.small), 1 + (variant == "interleaved")
+def mix_of_questions() -> Tensor:
+    """How often each kind of question is asked: [kinds]."""
+    return torch.tensor([MIX.get(name, 0.0) for name in KINDS])
+
+
+def learn(strategy: str, lab: Lab) -> nn.Module:
+    """Train one strategy from nothing: twelve turns about an image, or six about each of two."""
+    model, tok, mix = build(strategy, lab.small, seed=lab.seed), lab.small.tokenizer, mix_of_questions()
+    visual, images = placeholders(strategy, lab.small), 1 + (strategy == "interleaved")
+    total = images * (1 + visual) + LENGTH
 
     def loss_at(step: int, batch: int) -> Tensor:
-        scenes, generator = lab.scenes_at(0, step, batch * images)
+        scenes, generator = lab.scenes_at(0, step, batch)
         talk = lab.dialogs.several(scenes, TURNS // images, mix, generator=generator)
         ids, labels = lab.dialogs.conversation(talk, visual_tokens=visual)
-        patches, total = lab.features(lab.images(scenes, generator)), images * (1 + visual) + LENGTH
         if images == 2:
             ids, labels = in_one_row(ids, labels, tok.pad_id)
         wider = max(0, total - ids.shape[1])
         ids = nn.functional.pad(ids, (0, wider), value=tok.pad_id)[:, :total]
         labels = nn.functional.pad(labels, (0, wider), value=-100)[:, :total]
-        # Of two images the second starts in the middle, so all but the first image may hold answers.
+        # Of two images the second stands in the middle, so everything after the first may hold answers.
+        patches = lab.features(lab.images(scenes, generator))
         return lab.compiled(loss)(model, ids, labels, patches, total - 1 - visual)
 
     trains = ("bridge.", "decoder.") if isinstance(model, Llava) else ("decoder.", "cross.")
-    lab.fit(model, loss_at, name=f"fusion-{variant}", steps=STEPS, lr=LR, trains=trains)
+    lab.fit(model, loss_at, name=f"fusion-{strategy}", steps=STEPS, lr=LR, trains=trains, batch=BATCH)
+    return model
+
+
+def train(variant: str, lab: Lab) -> tuple[Measures, dict[str, Tensor]]:
+    """One run: training, then the exam."""
+    model = learn(variant, lab)
     return {"exam": exam(variant, model, lab.small, lab.tests)}, learned(model)
 
 

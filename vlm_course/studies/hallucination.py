@@ -1,9 +1,10 @@
 """Which cause makes a vision-language model name what is not there? Trainings that differ in one thing, and one probe.
 
-Worlds to train in: `even`, where every kind of object is as frequent as every other; `frequent`, where six kinds are
-in many pictures and all others are rare; `together`, where every kind has a partner that usually comes with it. Each
-is trained on sharp images and on images reduced to 24 pixels a side and enlarged again. All models are measured on the
-same scenes of the even world, so that a difference between two of them comes from training.
+Worlds to tune in: `even`, where every kind of object is as frequent as every other; `frequent`, where six kinds are in
+many pictures and all others are rare; `together`, where every kind has a partner that usually comes with it. Each with
+sharp images, and with images reduced to 24 pixels a side and enlarged again. Every run starts from the same model (of
+its seed), which learned in the even world with sharp images. All are measured on the same scenes of the even world, so
+that a difference between two of them comes from the tuning.
 
 The probe asks whether an object exists, half of the time truly. The absent objects are drawn at random, or among the
 frequent ones, or among partners of what is there. Source: POPE (Li et al. 2023, "Evaluating Object Hallucination in
@@ -24,15 +25,15 @@ from ..llava import Llava
 from ..measures import answer, answer_many, encode_in_batches
 from ..tokenizer import WordTokenizer
 from ..worlds import scenes as world
-from ..worlds.dialogs import ANSWER_LENGTH, KINDS, Dialogs
+from ..worlds.dialogs import ANSWER_LENGTH, Dialogs
 from ..worlds.scenes import COLOURS, IMAGE_SIZE, MAX_OBJECTS, SHAPES, Scenes, held_out_table
-from .common import Lab, Measures, Study, learned, tiny_llava
+from .common import Lab, Measures, Study, learned
+from .fusion_strategies import BATCH, LENGTH, TURNS, learn, loss, mix_of_questions
 
 WORLDS = ("even", "frequent", "together")
 ABSENT = ("random", "frequent", "together")  # how an absent object is chosen
 LOW_SIDE = 24  # pixels a side of a reduced image
-STEPS, LR, TURNS, LENGTH = 600, 2e-3, 8, 136
-MIX = {"existence": 5.0, "colour": 1.0, "shape": 1.0, "caption": 1.0}
+STEPS, LR = 300, 1e-3
 
 OTHERS_FOR_ONE = 20.0  # how many times as often a frequent object is drawn, one against one
 TOGETHER = 0.8  # how often an object's partner stands beside it
@@ -154,13 +155,17 @@ class Probe:
         return len(self.pair)
 
     def words(self, question: int) -> str:
-        pair = int(self.pair[question])
-        return f"is there a {COLOURS[pair % len(COLOURS)]} {SHAPES[pair // len(COLOURS)]} ?"
+        return question_about(int(self.pair[question]))
 
     def ids(self, tokenizer: WordTokenizer) -> Tensor:
         """All questions as ids, [Q, 6]: they are equally long."""
-        ids = [tokenizer.encode(self.words(q)) for q in range(len(self))]
-        return torch.tensor(ids, device=self.pair.device)
+        ids = [tokenizer.encode(question_about(pair)) for pair in range(len(SHAPES) * len(COLOURS))]
+        return torch.tensor(ids, device=self.pair.device)[self.pair]
+
+
+def question_about(pair: int) -> str:
+    """Asks for the object shape * len(COLOURS) + colour."""
+    return f"is there a {COLOURS[pair % len(COLOURS)]} {SHAPES[pair // len(COLOURS)]} ?"
 
 
 def probe(n: int, *, generator: torch.Generator | None = None, device="cpu", scenes: Scenes | None = None) -> Probe:
@@ -287,20 +292,20 @@ _SAYS = {
 
 
 def train(variant: str, lab: Lab) -> tuple[Measures, dict[str, Tensor]]:
-    """One run: a fresh bridge and decoder learn in one world, at one resolution, and answer the probe."""
+    """One run: the common start (trained once a seed), tuning in one world at one resolution, then the probe."""
     kind, side = VARIANTS[variant]
-    model = tiny_llava(lab.small, seed=lab.seed)
-    mix = torch.tensor([MIX.get(name, 0.0) for name in KINDS])
+    model, mix = learn("early", lab), mix_of_questions()
     visual = model.config.visual_tokens
 
     def loss_at(step: int, batch: int) -> Tensor:
-        scenes, generator = lab.scenes_at(0, step, batch)
+        scenes, generator = lab.scenes_at(1, step, batch)
         scenes = skewed(scenes, kind, generator)
         talk = lab.dialogs.several(scenes, TURNS, mix, generator=generator)
         ids, labels = lab.dialogs.conversation(talk, visual_tokens=visual, length=1 + visual + LENGTH)
-        return lab.answer_loss(model, ids, labels, reduced(lab.images(scenes, generator), side))
+        patches = lab.features(reduced(lab.images(scenes, generator), side))
+        return lab.compiled(loss)(model, ids, labels, patches, LENGTH)
 
-    lab.fit(model, loss_at, name=f"hallucination-{variant}", steps=STEPS, lr=LR)
+    lab.fit(model, loss_at, name=f"hallucination-{variant}", steps=STEPS, lr=LR, batch=BATCH)
     generator = lab.test_scenes(1)[1]  # the same for every run
     questions = probe(lab.tests, generator=generator, device=lab.device)
     found = measure(model, lab.small.tokenizer, questions, side=side)
@@ -316,5 +321,6 @@ STUDY = Study(
         for name, (kind, side) in VARIANTS.items()
     },
     train=train,
-    data="scenes drawn on the device while training, in three worlds; measured on scenes of the even world",
+    data="scenes drawn on the device while training: first the even world with sharp images, then one of three worlds; "
+    "measured on scenes of the even world",
 )
