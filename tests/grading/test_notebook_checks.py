@@ -233,3 +233,10 @@ def test_close_is_not_close_enough():
 
     with pytest.raises(AnswerError, match="values are not"):
         check("vision_projection", {"VisionProjection": Off})
+
+
+def test_a_list_of_tensors_is_described_by_its_length_and_shape():
+    from vlm_course.grading.compare import show
+
+    assert show([torch.zeros(2, 3), torch.ones(2, 3)]) == "a list of 2 tensors of shape (2, 3)"
+    assert show([-2, -4]) == "[-2, -4]"

@@ -74,6 +74,10 @@ def show(value: Value | Opaque) -> str:
         return (
             "(" + ", ".join(str(v) if isinstance(v, int) else show(v) for v in value) + ("," * (len(value) == 1)) + ")"
         )
+    if isinstance(value, list):
+        if value and all(isinstance(item, torch.Tensor) and item.shape == value[0].shape for item in value):
+            return f"a list of {len(value)} tensors of shape {tuple(value[0].shape)}"
+        return "[" + ", ".join(map(show, value)) + "]"
     if isinstance(value, dict):
         return "a dict with the keys " + ", ".join(map(repr, value))
     return "nothing" if value is None else f"an object of the class {value.kind}"
