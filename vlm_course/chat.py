@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlm_course.validation import checks
+
 IGNORE = -100
 
 Turns = Sequence[tuple[str, str | None]]
@@ -56,27 +58,63 @@ def _encode_text(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def vicuna_prompt(
-    turns: Turns, *, image: bool = True, system: str = VICUNA_SYSTEM
-) -> tuple[str, list[tuple[int, int]]]:
+def _vicuna_rule(turns, image=True, system=VICUNA_SYSTEM):
+    _check_turns(turns)
+    for number, (question, answer) in enumerate(turns):
+        if "<image>" in question or "<image>" in (answer or ""):
+            raise ValueError(f"turn {number} spells out <image>: the template puts it in, once, in the first question")
+
+
+@checks(_vicuna_rule)
+def vicuna_prompt(turns: Turns, image: bool = True, system: str = VICUNA_SYSTEM) -> tuple[str, list[tuple[int, int]]]:
     """LLaVA-1.5's template -> (text, character spans of the responses, each with its </s>).
 
     The image stands inside the first question, "USER: <image>\\n...", behind the system text; so the first visual
     token is not the first token. Turns follow each other without a space after </s>.
-    Source: LLaVA (Liu et al. 2023), section 4.2 and table 2, with the words and separators of Vicuna v1.1.
+    Source: haotian-liu/LLaVA, llava/conversation.py (conv_vicuna_v1) and llava/train/train.py (preprocess_v1).
     """
-    _check_turns(turns)
-    text, spans = system, []
+    text, spans = system + " ", []
     for number, (question, answer) in enumerate(turns):
-        if "<image>" in question or "<image>" in (answer or ""):
-            raise ValueError(f"turn {number} spells out <image>: the template puts it in, once, in the first question")
         placeholder = "<image>\n" if image and number == 0 else ""
-        text += f"{' ' if number == 0 else ''}USER: {placeholder}{question} ASSISTANT:"
+        text += f"USER: {placeholder}{question} ASSISTANT:"
         if answer is not None:
-            start = len(text) + 1
+            start = len(text) + 1  # behind the space
             text += f" {answer}</s>"
             spans.append((start, len(text)))
     return text, spans
+
+
+def caption_prompt(caption: str) -> tuple[str, list[tuple[int, int]]]:
+    """What LLaVA's first stage trains on -> (text, spans): the image, the caption, a line end; nobody asks anything.
+
+    Source: haotian-liu/LLaVA, llava/train/train.py (preprocess_plain).
+    """
+    _vicuna_rule([("", caption)])
+    return f"<image>{caption}\n", [(len("<image>"), len(f"<image>{caption}\n"))]
+
+
+def _labels_rule(ids, offsets, spans):
+    if len(ids) != len(offsets):
+        raise ValueError(f"there are {len(ids)} ids but {len(offsets)} offsets: are both of the same text?")
+    for start, end in spans:
+        if not 0 <= start <= end:
+            raise ValueError(f"a span goes from {start} to {end}: it must go from its first character past its last")
+
+
+@checks(_labels_rule)
+def response_labels(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Labels of a tokenised text: a token that covers any character of a response keeps its id, others get -100.
+
+    `offsets` are the tokens' characters (start, end), `spans` those of the responses, both with the end excluded. A
+    token that begins with the space before a response belongs to it: many tokenizers glue the two together.
+    """
+    labels = []
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        learned = any(start < last and end > first for first, last in spans)
+        labels.append(token if learned else IGNORE)
+    return labels
 
 
 def encode_vicuna(tokenizer, turns: Turns, visual_tokens: int, *, image_id: int) -> tuple[list[int], list[int]]:
@@ -85,14 +123,14 @@ def encode_vicuna(tokenizer, turns: Turns, visual_tokens: int, *, image_id: int)
     Labels follow the characters: a token belongs to the response when it covers any of the response's characters,
     so they do not depend on how many tokens the pieces would have if they were tokenised apart.
     """
-    text, spans = vicuna_prompt(turns, image=visual_tokens > 0)
+    text, spans = vicuna_prompt(turns, visual_tokens > 0)
     encoded = tokenizer(text, return_offsets_mapping=True)
+    learned = response_labels(encoded["input_ids"], encoded["offset_mapping"], spans)
     ids, labels = [], []
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for token, label in zip(encoded["input_ids"], learned, strict=True):
         repeat = visual_tokens if token == image_id else 1
-        learned = any(start < last and end > first for first, last in spans)
         ids += [token] * repeat
-        labels += [token if learned else IGNORE] * repeat
+        labels += [label] * repeat
     if ids.count(image_id) != visual_tokens:
         raise ValueError(
             f"the prompt has {ids.count(image_id)} placeholders instead of {visual_tokens}: is <image> one token, "

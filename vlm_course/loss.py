@@ -1,4 +1,6 @@
-"""The instruction-tuning loss: cross-entropy on the response alone."""
+"""The instruction-tuning loss: cross-entropy on the response alone, and what its divisor weighs."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,3 +37,50 @@ def response_loss(logits: Tensor, labels: Tensor, ignore: int = -100, count: int
     targets = labels[:, 1:].flatten()  # [B, T] -> [B * (T - 1)]
     total = F.cross_entropy(predictions, targets, ignore_index=ignore, reduction="sum")
     return total / ((targets != ignore).sum() if count is None else count)
+
+
+def _instruction_rule(log_probs, mask):
+    if log_probs.dim() != 1 or log_probs.shape != mask.shape:
+        raise ValueError(
+            f"log_probs are {tuple(log_probs.shape)} and the mask is {tuple(mask.shape)}, expected [N] and [N]: "
+            "one number a token of one sequence"
+        )
+    if not mask.any():
+        raise ValueError(f"0 of {len(mask)} tokens are in the response: there is nothing to learn from")
+
+
+@checks(_instruction_rule)
+def instruction_loss(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """The formula itself: L = -(1/T) sum_i m_i log P(x_i | x_<i), with T = sum_i m_i, for one sequence.
+
+    log_probs [N], the log-probability of every token given those before it; mask [N], 1 or True in the response
+    -> a scalar, in nats. `response_loss` computes the same from logits and labels.
+    Source: LLaVA (Liu et al. 2023), equation 3, divided by the number of response tokens.
+    """
+    return -(log_probs * mask).sum() / mask.sum()
+
+
+def _answer_rule(lengths):
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"lengths are {list(lengths)}: give the response tokens of each conversation, at least 1")
+
+
+@checks(_answer_rule)
+def answer_weights(lengths: Sequence[int]) -> list[float]:
+    """The weight that each conversation's own mean loss has in the mean over all response tokens of a batch."""
+    total = sum(lengths)
+    return [length / total for length in lengths]
+
+
+def _division_rule(context_tokens, response_tokens):
+    if context_tokens < 0 or response_tokens < 1:
+        raise ValueError(
+            f"there are {context_tokens} tokens of context and {response_tokens} of response: "
+            "at least 0 of the first and 1 of the second"
+        )
+
+
+@checks(_division_rule)
+def division_factor(context_tokens: int, response_tokens: int) -> float:
+    """The loss divided by the length of the whole sequence, over the loss divided by that of the response."""
+    return response_tokens / (context_tokens + response_tokens)
