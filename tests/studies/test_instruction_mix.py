@@ -13,6 +13,6 @@ def test_a_rehearsal_asks_every_kind_of_question(tmp_path, variant):
     one = type(plan)(**{**vars(plan), "variants": {variant: plan.variants[variant]}})
     run_study(one, seeds=1, out=tmp_path, scale=0.003, log=lambda _: None)
     results = load_results("instruction-mix", tmp_path)
-    measures = {"box_iou" if kind == "box" else kind for kind in KINDS}
+    measures = {*KINDS, "count by size"}
     assert measures <= set(results.value(variant, "exam"))
     assert results.rehearsal

@@ -188,13 +188,17 @@ class Lab:
         )
         model.eval()
 
-    def answer_loss(self, model: Llava, ids: Tensor, labels: Tensor, pixels: Tensor) -> Tensor:
+    def answer_loss(
+        self, model: Llava, ids: Tensor, labels: Tensor, pixels: Tensor | None = None, *, patches: Tensor | None = None
+    ) -> Tensor:
         """The loss of a batch of conversations [B, T] about images [B, 3, H, W], in a compiled pass on a GPU.
 
-        Keep T the same from step to step: another T is another compilation.
+        Give `patches` [B, N, D_vision] instead of pixels where `features` has encoded the images before. Keep T the
+        same from step to step: another T is another compilation.
         """
         text = ids.shape[1] - 1 - model.config.visual_tokens
-        return self.compiled(_answer_loss)(model, ids, labels, self.features(pixels), text)
+        patches = self.features(pixels) if patches is None else patches
+        return self.compiled(_answer_loss)(model, ids, labels, patches, text)
 
     def text_loss(self, model: Llava, ids: Tensor) -> Tensor:
         """The loss of a batch of texts [B, T] on every token but <pad>, without images."""
