@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .loss import response_loss
+from .validation import checks, counts, require_count, require_number, require_same_device, require_shape
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,41 @@ class Stage:
     final: float = 0.02
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.trains:
+            raise ValueError(f"{self.name}: trains names 0 parts, expected at least 1")
+        require_count(self.steps, "steps")
+        require_count(self.batch, "batch")
+        for prefix, rate in (("lr", self.lr), *self.lrs):
+            require_number(rate, f"the rate of {prefix}" if prefix != "lr" else "lr", above=0)
+        require_number(self.weight_decay, "weight_decay", low=0)
+        require_number(self.warmup, "warmup", 0, 1)
+        require_number(self.final, "final", 0, 1)
+        require_number(self.clip, "clip", above=0)
+
+
+# The two stages of LLaVA-1.5 (table 9 of its paper and the released scripts), for `Llava` of any size: 558,128 captions
+# and 665,298 conversations, each seen once. `Stage` counts optimizer steps; the cosine ends at zero.
+LLAVA_15_STAGES = (
+    Stage("align", trains=("bridge.",), steps=2181, batch=256, lr=1e-3, weight_decay=0.0, final=0.0),
+    Stage("instruct", trains=("bridge.", "decoder."), steps=5198, batch=128, lr=2e-5, weight_decay=0.0, final=0.0),
+)
+
 
 class Paused(Exception):
     """The time limit came first; the checkpoint is written, the same call goes on from there."""
 
 
+def _check_rate(step: int, *, steps: int, peak: float, warmup: float = 0.03, final: float = 0.02) -> None:
+    if step >= steps:
+        raise ValueError(f"step is {step}, but the stage has {steps} steps, numbered from 0")
+    require_number(peak, "peak", low=0)
+    require_number(warmup, "warmup", 0, 1)
+    require_number(final, "final", 0, 1)
+
+
+@counts(step=0, steps=1)
+@checks(_check_rate)
 def learning_rate(step: int, *, steps: int, peak: float, warmup: float = 0.03, final: float = 0.02) -> float:
     """Linear warm-up to `peak`, then half a cosine down to `final * peak`, at optimizer step 0..steps-1."""
     rise = max(1, round(warmup * steps))
@@ -96,6 +129,68 @@ def parameter_groups(model: nn.Module, stage: Stage) -> list[dict]:
     return [{"params": ps, "peak": lr, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 
+def _check_micro(batch: dict[str, Tensor], size: int) -> None:
+    lengths = {name: len(value) for name, value in batch.items()}
+    if not lengths or len(set(lengths.values())) > 1 or min(lengths.values()) < 1:
+        raise ValueError(f"the batch has rows {lengths}, expected the same number, at least 1, under every name")
+    require_same_device(**batch)
+
+
+@counts(size=1)
+@checks(_check_micro)
+def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """A batch in parts of at most `size` rows: each tensor [B, ...] is cut along its first axis."""
+    rows = len(next(iter(batch.values())))
+    return [{name: value[at : at + size] for name, value in batch.items()} for at in range(0, rows, size)]
+
+
+def _check_parts(parts: Sequence[dict[str, Tensor]], forward: Callable, *, ignore: int = -100) -> None:
+    if len(parts) < 1:
+        raise ValueError("there are 0 parts to accumulate over, expected at least 1")
+    for number, part in enumerate(parts):
+        if "labels" not in part:
+            raise ValueError(f"part {number} holds {sorted(part)}, expected labels among them")
+        require_shape(part["labels"], f"the labels of part {number}", "B T", floating=False)
+        require_same_device(first=parts[0]["labels"], **{f"part_{number}": part["labels"]})
+
+
+@checks(_check_parts)
+def accumulated(
+    parts: Sequence[dict[str, Tensor]], forward: Callable[[dict[str, Tensor]], Tensor], *, ignore: int = -100
+) -> Iterator[Tensor]:
+    """The losses of micro-batches that add up to the mean over all response tokens of the batch.
+
+    Averaging the parts' own means instead would weigh a token by how few others share its part, so that the same
+    batch, cut otherwise, would teach something else. Return this from `loss_at`: `fit` goes backward through each
+    part before the next is computed, which is what saves the memory.
+
+    Args:
+        parts: from `micro_batches`; each holds "labels" [b, T], unshifted, `ignore` outside the responses.
+        forward: a part -> logits [b, T, V].
+
+    Raises:
+        ValueError: no part, or (looked for on the CPU only, where it costs no waiting) no response token in any.
+    """
+    count = sum((part["labels"][:, 1:] != ignore).sum() for part in parts)  # of the whole batch; stays on the device
+    if count.device.type == "cpu" and not count:
+        raise ValueError(f"all labels of {len(parts)} parts are {ignore}: 0 response tokens, expected at least 1")
+    return (response_loss(forward(part), part["labels"], ignore, count) for part in parts)
+
+
+def _backward(losses: Tensor | Iterable[Tensor], context: Callable) -> Tensor:
+    """Backward through one loss, or through parts as they are computed; returns their sum, without a graph."""
+    parts, total = iter([losses] if isinstance(losses, Tensor) else losses), None
+    while True:
+        with context():
+            part = next(parts, None)
+        if part is None:
+            if total is None:
+                raise ValueError("loss_at gave 0 losses, expected a tensor or at least 1 part")
+            return total
+        part.backward()
+        total = part.detach() if total is None else total + part.detach()
+
+
 def save_atomically(state: object, path: Path) -> None:
     """torch.save that never leaves half a file: written beside the target, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +200,18 @@ def save_atomically(state: object, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def _check_same_plan(stored: dict, asked: dict, checkpoint: Path) -> None:
@@ -120,7 +227,7 @@ def _check_same_plan(stored: dict, asked: dict, checkpoint: Path) -> None:
 def fit(
     model: nn.Module,
     stage: Stage,
-    loss_at: Callable[[int], Tensor],
+    loss_at: Callable[[int], Tensor | Iterable[Tensor]],
     *,
     checkpoint: Path,
     autocast: torch.dtype | None = None,
@@ -131,9 +238,10 @@ def fit(
     """Train one stage from its checkpoint, or from the start where there is none.
 
     Args:
-        loss_at: the loss of optimizer step s; it must draw its data from s alone, so that a resumed run sees the same.
-        checkpoint: file with weights, optimizer and step, replaced atomically every `save_every` seconds and at the
-            end.
+        loss_at: the loss of optimizer step s, or the losses of its micro-batches (`accumulated`), which add up to it;
+            it must draw its data from s alone, so that a resumed run sees the same.
+        checkpoint: file with weights, optimizer, step and torch's random state (for dropout), replaced atomically
+            every `save_every` seconds and at the end.
         autocast: e.g. torch.bfloat16 on a GPU; weights and optimizer stay in float32.
         deadline: time.monotonic() after which the stage is saved and `Paused` is raised.
 
@@ -154,10 +262,15 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        _set_random_state(state.get("random", {}), device)
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "stage": plan}
+        state["random"] = _random_state(device)
         save_atomically(state, checkpoint)
+
+    def context():
+        return torch.autocast(device.type, dtype=autocast) if autocast else nullcontext()
 
     began = saved = time.monotonic()
     every = max(1, stage.steps // 10)
@@ -166,9 +279,9 @@ def fit(
             group["lr"] = learning_rate(
                 step, steps=stage.steps, peak=group["peak"], warmup=stage.warmup, final=stage.final
             )
-        with torch.autocast(device.type, dtype=autocast) if autocast else nullcontext():
-            loss = loss_at(step)
-        loss.backward()
+        with context():
+            losses = loss_at(step)
+        loss = _backward(losses, context)
         torch.nn.utils.clip_grad_norm_(learning, stage.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
