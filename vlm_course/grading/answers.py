@@ -1,6 +1,7 @@
 """The answer's side of a check: build it, load its parameters, call it; whatever goes wrong becomes a sentence."""
 
 import contextlib
+import importlib
 import inspect
 import linecache
 import os
@@ -77,11 +78,19 @@ def _is_twin(candidate, twin: str) -> bool:
     return getattr(candidate, "__module__", None) == module and getattr(candidate, "__qualname__", "") == name
 
 
-class LocalAnswer:
-    """An answer in this process. `off_limits` are definitions of the package that an answer may not lean on."""
+def _imported(place: str) -> Callable:
+    """The definition at "module:name"."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
 
-    def __init__(self, target: Callable, off_limits: tuple[str, ...] = ()):
+
+class LocalAnswer:
+    """An answer in this process. `off_limits` are definitions of the package that an answer may not lean on; `driver`
+    uses the answer where calling it is not enough (see `FunctionInterface`)."""
+
+    def __init__(self, target: Callable, off_limits: tuple[str, ...] = (), driver: str | None = None):
         self._target = target
+        self._drive = _imported(driver) if driver else None
         self._module: nn.Module | None = None
         self._device = "cpu"
         self._off_limits = off_limits
@@ -118,7 +127,7 @@ class LocalAnswer:
         fresh = [v.clone().to(self._device) if isinstance(v, torch.Tensor) else v for v in arguments]
         with self._guard(), self._place():
             self._refuse_twin(target)
-            result = target(*fresh)
+            result = self._drive(target, *fresh) if self._drive else target(*fresh)
             trainable = self._module is not None and any(p.requires_grad for p in self._module.parameters())
             if trainable and isinstance(result, torch.Tensor) and not result.requires_grad:
                 cut = "The result is cut off from the parameters (detach, .data or no_grad): nothing could be trained."

@@ -201,7 +201,7 @@ def _commits(exercise: Exercise, name: str, trials: list[Trial]) -> bool:
 
 
 def _err(exercise: Exercise, name: str, trial: Trial) -> Outcome:
-    return _run(exercise, LocalAnswer(exercise.mistakes[name].answer), trial.case, trial.drawn)
+    return _run(exercise, LocalAnswer(exercise.mistakes[name].answer, driver=exercise.driver), trial.case, trial.drawn)
 
 
 _known: dict[tuple, Value | Outcome] = {}

@@ -29,10 +29,16 @@ class Case:
 
 @dataclass(frozen=True)
 class FunctionInterface:
-    """A function of tensors, numbers and strings. Arguments are passed by position."""
+    """A function of tensors, numbers and strings. Arguments are passed by position.
+
+    An answer may also need things that cannot travel between processes, such as a model, or be a class that is used in
+    several steps. Then `driver` ("module:name") is called in the answer's process, as driver(answer, *arguments): it
+    makes those things, uses the answer, and returns tensors and numbers.
+    """
 
     arguments: dict[str, str]
     returns: str
+    driver: str | None = None
 
 
 def as_declared(values: Tensors) -> Tensors:
@@ -98,6 +104,11 @@ class Exercise:
     also_correct: dict[str, Callable]
     forbidden: tuple[str, ...] = ()
     atol: float = 1e-5
+
+    @property
+    def driver(self) -> str | None:
+        """What uses the answer in its process ("module:name"), where calling it is not enough."""
+        return self.interface.driver if isinstance(self.interface, FunctionInterface) else None
 
     @property
     def off_limits(self) -> tuple[str, ...]:

@@ -97,4 +97,4 @@ def _examine(item: Exercise, namespace: MutableMapping, seed: int) -> Verdict:
     # A warning printed beside a right answer would count as an error where notebooks are graded.
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return examine(item, LocalAnswer(own, item.off_limits), seed)
+        return examine(item, LocalAnswer(own, item.off_limits, item.driver), seed)

@@ -74,18 +74,18 @@ def prove(item: Exercise, seeds: Iterable[int] = range(3)) -> Proof:
     survivors, unnamed, alarms, attempts = [], [], [], []
     for seed in seeds:
         for name, mistake in item.mistakes.items():
-            verdict = examine(item, LocalAnswer(mistake.answer, item.off_limits), seed)
+            verdict = examine(item, LocalAnswer(mistake.answer, item.off_limits, item.driver), seed)
             if verdict.passed:
                 survivors.append(f"{name} (seed {seed})")
             elif verdict.mistake != name:
                 unnamed.append(f"{name} (seed {seed}: {verdict.says})")
         for name, answer in correct_answers(item).items():
             # The package's own answer is right and not allowed, so it is judged here by what it computes.
-            verdict = examine(item, LocalAnswer(answer), seed)
+            verdict = examine(item, LocalAnswer(answer, driver=item.driver), seed)
             if not verdict.passed:
                 alarms.append(f"{name} (seed {seed}: {verdict.says})")
         for name, stub in stubs(item).items():
-            if examine(item, LocalAnswer(stub, item.off_limits), seed).attempted:
+            if examine(item, LocalAnswer(stub, item.off_limits, item.driver), seed).attempted:
                 attempts.append(f"{name} (seed {seed})")
     return Proof(
         item.name,

@@ -42,9 +42,9 @@ class RemoteAnswer:
         # Importing torch counts for nobody: a cold start on a busy machine can take a minute.
         self._ask("start", 120.0, memory_gb=memory_gb)
 
-    def define(self, path: Path, name: str, off_limits: tuple[str, ...] = ()) -> None:
+    def define(self, path: Path, name: str, off_limits: tuple[str, ...] = (), driver: str | None = None) -> None:
         """Run the definition of `name`, and what it needs."""
-        self._ask("define", path=str(path), name=name, off_limits=off_limits)
+        self._ask("define", path=str(path), name=name, off_limits=off_limits, driver=driver)
 
     def build(self, construct: dict, positional: bool, device: str = "cpu") -> list[tuple[str, Shape]]:
         shapes = self._ask("build", construct=construct, positional=positional, device=device)
@@ -218,7 +218,7 @@ def _check(item: Exercise | Question, worker: RemoteAnswer, path: Path, seeds: t
             worker.define(path, item.name)
             verdicts = [item.judge(worker.call(()))]
         else:
-            worker.define(path, item.attribute, item.off_limits)
+            worker.define(path, item.attribute, item.off_limits, item.driver)
             verdicts = [examine(item, worker, seed) for seed in seeds]
         verdict = next((v for v in verdicts if not v.passed), verdicts[0])
     except Failure as failure:

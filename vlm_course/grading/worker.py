@@ -69,7 +69,7 @@ def serve(requests, replies) -> None:
                     target = define(Path(request["path"]), request["name"])
                     # A choice may be a plain value; asked for, it gives itself.
                     target = target if callable(target) else lambda value=target: value
-                    answer = LocalAnswer(target, tuple(request["off_limits"]))
+                    answer = LocalAnswer(target, tuple(request["off_limits"]), request["driver"])
                     reply = {"result": None}
                 case "build":
                     shapes = answer.build(request["construct"], request["positional"], request["device"])
