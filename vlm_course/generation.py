@@ -1,7 +1,20 @@
 """Writing an answer token by token: greedy or sampled, in left-padded batches, with a KV cache."""
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm_course.decoder import (
+    Decoder,
+    DecoderBlock,
+    KVCache,
+    RMSNorm,
+    SelfAttention,
+    SwiGLU,
+    apply_rotary,
+    rotary_phases,
+)
+from vlm_course.llava import Llava
 
 
 def top_p_filter(probabilities: Tensor, top_p: float) -> Tensor:
@@ -44,6 +57,55 @@ def greedy_generate(model, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> 
     return torch.cat(new, dim=1)  # max_new_tokens x [B, 1] -> [B, max_new_tokens]
 
 
+_PARTS = {Decoder, DecoderBlock, SelfAttention, SwiGLU, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding}
+
+
+class CachedStep:
+    """One more token for every row of a cache: what `Decoder.forward` computes, without calling a module.
+
+    Small models spend most of a step on calls, not on arithmetic. Here the weights are looked up once, the rotary
+    phases come from a table of `length` positions, and the query heads that share a key head stand as its queries.
+    call: ids [B], the tokens before them in `cache` -> logits [B, V].
+    """
+
+    def __init__(self, decoder: Decoder, length: int):
+        self.config = decoder.config
+        self.embedding, self.norm, self.head = decoder.token_embedding.weight, decoder.norm.weight, decoder.head.weight
+        self.blocks = [
+            (
+                *(block.attention_norm.weight, block.mlp_norm.weight),
+                *(getattr(block.attention, name).weight for name in ("query", "key", "value", "out")),
+                *(getattr(block.mlp, name).weight for name in ("gate", "up", "down")),
+            )
+            for block in decoder.blocks
+        ]
+        positions = torch.arange(length, device=self.head.device)
+        self.cos, self.sin = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)  # 2 x [length, d/2]
+
+    @staticmethod
+    def fits(model) -> bool:
+        """Whether every part is the course's own, without hooks: anything else, such as an adapter, must be called."""
+        return type(model) is Llava and all(
+            type(part) in _PARTS and not (part._forward_hooks or part._forward_pre_hooks)
+            for part in model.decoder.modules()
+        )
+
+    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
+        width, groups, eps = (self.config.width,), (len(ids), self.config.kv_heads, -1), self.config.norm_eps
+        cos, sin = self.cos[cache.length], self.sin[cache.length]  # [d/2]
+        x = self.embedding[ids]  # [B] -> [B, D]
+        for layer, (norm1, norm2, query, key, value, out, gate, up, down) in enumerate(self.blocks):
+            h = F.rms_norm(x, width, norm1, eps)
+            q, k, v = (F.linear(h, w).view(*groups, self.config.head_dim) for w in (query, key, value))
+            # q [B, H_kv, H / H_kv, d], k and v [B, H_kv, 1, d] -> keys and values [B, H_kv, past + 1, d]
+            keys, values = cache.update(layer, apply_rotary(k, cos, sin), v)
+            read = F.scaled_dot_product_attention(apply_rotary(q, cos, sin), keys, values)  # [B, H_kv, H / H_kv, d]
+            x = x + F.linear(read.flatten(1), out)  # [B, H * d] -> [B, D]
+            h = F.rms_norm(x, width, norm2, eps)
+            x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)  # [B, D]
+        return F.linear(F.rms_norm(x, width, self.norm, eps), self.head)  # [B, D] -> [B, V]
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -74,14 +136,20 @@ def generate(
         image_features = model.encode_images(pixels)  # [n_images, 3, H, W] -> [n_images, M, D]
     if attention_mask is not None:
         attention_mask = _left_padding_or_none(attention_mask, ids)
-    cache = model.new_cache(capacity=ids.shape[1] + max_new_tokens) if use_cache else None
+    length = ids.shape[1] + max_new_tokens
+    cache = model.new_cache(capacity=length) if use_cache else None
+    quick = None
+    if use_cache and attention_mask is None and CachedStep.fits(model) and length <= model.decoder.config.max_positions:
+        quick = CachedStep(model.decoder, length)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     sequence, step, new = ids, ids, []
     while True:
-        logits = model(
-            step, image_features=image_features, attention_mask=attention_mask, cache=cache, logits_to_keep=1
-        )
-        logits = logits[:, -1]  # [B, 1, V] -> [B, V]
+        if quick is not None and new:
+            logits = quick(new[-1], cache)  # [B] -> [B, V]
+        else:
+            logits = model(
+                step, image_features=image_features, attention_mask=attention_mask, cache=cache, logits_to_keep=1
+            )[:, -1]  # [B, 1, V] -> [B, V]
         logits[:, model.config.image_id] = -torch.inf
         token = choose_token(logits, temperature=temperature, top_p=top_p, generator=generator)  # [B, V] -> [B]
         if eos_id is not None:

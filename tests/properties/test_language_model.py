@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlm_course.attention import prefix_mask
 from vlm_course.chat import pad_rows
 from vlm_course.decoder import Decoder, DecoderConfig, KVCache, RMSNorm, rotary_phases
-from vlm_course.generation import choose_token, generate, greedy_generate, top_p_filter
+from vlm_course.generation import CachedStep, choose_token, generate, greedy_generate, top_p_filter
 from vlm_course.llava import LLAVA_7B, LLAVA_13B, SMALL, Llava, LlavaConfig, small_config
 from vlm_course.loss import response_loss
 from vlm_course.tokenizer import WordTokenizer
@@ -149,6 +149,63 @@ def test_cached_generation_equals_recomputed_token_for_token(model, lengths, tem
 def test_greedy_generate_is_generate_without_options(model):
     ids, pixels = batch()
     assert torch.equal(greedy_generate(model, ids, pixels, 10), generate(model, ids, pixels, max_new_tokens=10))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    past=st.integers(1, 6),
+    steps=st.integers(1, 4),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([None, 10]),
+    seed=st.integers(0, 99),
+)
+def test_a_cached_step_is_the_decoders_own(rows, past, steps, kv_heads, head_dim, seed):
+    sizes = {"vocab_size": V, "width": 24, "layers": 2, "heads": 4, "kv_heads": kv_heads, "mlp_width": 40}
+    config = DecoderConfig(**sizes, head_dim=head_dim, norm_eps=0.3, rope_theta=50.0)
+    decoder = redraw(Decoder(config).double(), seed=seed)
+    ids = torch.randint(0, V, (rows, past + steps), generator=torch.Generator().manual_seed(seed))
+    cache, step = decoder.new_cache(), CachedStep(decoder, past + steps)
+    with torch.no_grad():
+        expected = decoder(decoder.embed(ids))
+        decoder(decoder.embed(ids[:, :past]), cache=cache)
+        for place in range(past, past + steps):
+            torch.testing.assert_close(
+                step(ids[:, place], cache), expected[:, place], atol=1e-5, rtol=1e-5
+            )  # float32 norms
+    assert cache.length == past + steps
+
+
+def test_what_hangs_on_a_module_is_called_at_every_token(model):
+    """A hook, an adapter or another class is not bypassed by the quick step, and the answer stays the same."""
+    ids, pixels = batch()
+    expected, calls = generate(model, ids, pixels, max_new_tokens=5), []
+    assert CachedStep.fits(model)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(model.decoder.blocks[1].mlp.down, register)(lambda *_: calls.append(1))
+        assert torch.equal(generate(model, ids, pixels, max_new_tokens=5), expected)
+        handle.remove()
+    assert len(calls) == 2 * 5
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    other = Llava(model.config).double()
+    other.load_state_dict(model.state_dict())
+    other.decoder.blocks[0].mlp.up.__class__ = Doubled
+    assert not CachedStep.fits(other)
+    assert torch.equal(*(generate(other, ids, pixels, max_new_tokens=5, use_cache=cached) for cached in (True, False)))
+
+
+def test_generation_to_the_last_position_and_not_beyond(model):
+    ids, pixels = batch(rows=1)
+    room = TEXT.max_positions - ids.shape[1]
+    longest = generate(model, ids, pixels, max_new_tokens=room + 1)  # the last token is written, never read
+    assert longest.shape[1] == room + 1
+    assert torch.equal(generate(model, ids, pixels, max_new_tokens=room), longest[:, :-1])
+    with pytest.raises(ValueError, match="65 tokens do not fit in max_positions=64"):
+        generate(model, ids, pixels, max_new_tokens=room + 2)
 
 
 def test_generation_encodes_the_image_once_and_leaves_no_trace(model, monkeypatch):
