@@ -4,16 +4,16 @@ import re
 
 import pytest
 
-from vlm_course.catalog import find, models, select
+from vlm_course.catalog import all_models, find, select
 from vlm_course.catalog.building import build, count, resolve
 
-BUILDABLE = [model for model in models() if model.build]
+BUILDABLE = [model for model in all_models() if model.build]
 FACTS = {"vision_parameters": "vision", "bridge_parameters": "bridge", "language_parameters": "language"}
 
 # the lesson's tables: the open systems must be runnable
 OPEN_SYSTEMS = """CLIP ViT-L/14, SigLIP, EVA-CLIP, DINOv2, PaliGemma, LLaVA, LLaVA-1.5, Flamingo, Qwen-VL, Honeybee,
-Fuyu, InternVL, InternVL 1.5, Kosmos-2, Shikra, DocOwl 1.5, TextMonkey, Nougat, LLaVA-NeXT, InternVL 2.5, Qwen2.5-VL, Molmo,
-OpenVLA, Emu3, Donut, BLIP-2, InstructBLIP, Qwen2-VL""".replace("\n", " ").split(", ")
+Fuyu, InternVL, InternVL 1.5, Kosmos-2, Shikra, DocOwl 1.5, TextMonkey, Nougat, LLaVA-NeXT, InternVL 2.5, Qwen2.5-VL,
+Molmo, OpenVLA, Emu3, Donut, BLIP-2, InstructBLIP, Qwen2-VL""".replace("\n", " ").split(", ")
 
 
 @pytest.mark.parametrize("model", BUILDABLE, ids=lambda model: model.name)

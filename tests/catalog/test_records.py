@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vlm_course.catalog import FIELDS, Fact, Source, catalog_table, find, models, select
+from vlm_course.catalog import FIELDS, Fact, Source, all_models, catalog_table, find, select
 from vlm_course.catalog.models import MODELS
 from vlm_course.catalog.records import parse
 
@@ -58,11 +58,13 @@ def test_an_unknown_name_lists_those_that_come_close(wrong, close):
 
 
 def test_every_model_has_facts_with_sources_and_names_that_are_its_own():
-    names = [model.name for model in models()]
+    names = [model.name for model in all_models()]
     assert len(set(names)) == len(names) and len(names) > 50
-    keys = [re.sub(r"[^a-z0-9.]+", "-", alias.lower()) for model in models() for alias in (model.name, *model.aliases)]
+    keys = [
+        re.sub(r"[^a-z0-9.]+", "-", alias.lower()) for model in all_models() for alias in (model.name, *model.aliases)
+    ]
     assert sorted(set(keys)) == sorted(keys), "two models answer to one name"
-    for model in models():
+    for model in all_models():
         assert model["released"] and model["developer"], model.name
         assert all(isinstance(fact.value, (int, str)) and fact.value for fact in model.facts.values()), model.name
 
@@ -86,7 +88,7 @@ def test_a_closed_model_has_no_number_of_its_architecture():
 
 
 def test_a_number_computed_here_says_with_what():
-    for model in models():
+    for model in all_models():
         for fact in model.facts.values():
             if isinstance(fact.value, int) and fact.source.evidence == "computed here":
                 assert model.build, f"{model.name}.{fact.field} cannot have been computed"
@@ -172,7 +174,7 @@ def test_a_table_without_rows_or_with_unknown_fields_is_refused():
 
 
 def test_every_field_is_used_and_headed():
-    used = {name for model in models() for name in model.facts}
+    used = {name for model in all_models() for name in model.facts}
     assert used == set(FIELDS)
 
 

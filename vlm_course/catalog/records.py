@@ -167,7 +167,7 @@ def parse(document: Mapping[str, Any], known: Mapping[str, Model] | None = None)
 
 
 @functools.cache
-def models() -> tuple[Model, ...]:
+def all_models() -> tuple[Model, ...]:
     """Every model of the catalog, files in the order of their names."""
     rows: dict[str, Model] = {}
     for file in sorted(files("vlm_course.catalog").joinpath("data").iterdir(), key=lambda entry: entry.name):
@@ -189,7 +189,7 @@ def find(name: str) -> Model:
     Raises ValueError with the names that come close.
     """
     keys: dict[str, Model] = {}
-    for model in models():
+    for model in all_models():
         for other in (model.name, model.title, *model.aliases):
             keys.setdefault(_key(other), model)
     if (key := _key(name)) in keys:
@@ -197,7 +197,7 @@ def find(name: str) -> Model:
     close = difflib.get_close_matches(key, keys, n=5, cutoff=0.5)
     close += [other for other in keys if key and key in other and other not in close]
     names = list(dict.fromkeys(keys[other].name for other in close))[:6]
-    hint = f"close to it: {', '.join(names)}" if names else f"there are {', '.join(m.name for m in models())}"
+    hint = f"close to it: {', '.join(names)}" if names else f"there are {', '.join(m.name for m in all_models())}"
     raise ValueError(f"no model named {name!r} in the catalog; {hint}")
 
 
@@ -213,7 +213,7 @@ def select(
         raise ValueError(f"kind {kind!r} is none of {KINDS}")
     if access is not None and access not in ACCESS:
         raise ValueError(f"access {access!r} is none of {ACCESS}")
-    rows = models() if names is None else tuple(find(name) for name in names)
+    rows = all_models() if names is None else tuple(find(name) for name in names)
     return tuple(
         row
         for row in rows
