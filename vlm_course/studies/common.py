@@ -288,7 +288,9 @@ def run_study(
             log(f"{pause}; call again to go on")
             return None
         if weights is not None and seed == 0:
-            save_file(weights, out / f"{study.name}-{variant}.safetensors")
+            path = out / f"{study.name}-{variant}.safetensors"
+            save_file(weights, path)
+            path.chmod(0o644)
         record = {"scale": scale, "minutes": round((time.monotonic() - began) / 60, 2), "measures": measures}
         _write(file, record)
     progress(1.0)
