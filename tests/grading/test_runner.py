@@ -107,6 +107,18 @@ def test_modules_cross_the_process_border(tmp_path):
     assert "package's own" in imported.results[0].verdict.says
 
 
+def test_lists_cross_the_process_border_as_lists(tmp_path):
+    text = (
+        "import torch\n"
+        "def select_features(states, layer, strategy):\n"
+        "    layers = layer if isinstance(layer, list) else [layer]\n"
+        "    features = torch.cat([states[i] for i in layers], dim=-1)\n"
+        '    return features[:, 1:] if strategy == "default" else features\n'
+    )
+    (tmp_path / "answer.py").write_text(text)
+    assert check_file("01", "select_features", tmp_path / "answer.py").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [

@@ -47,7 +47,7 @@ def _packed(value):
     if isinstance(value, dict):
         return {key: _packed(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(_packed(item) for item in value)
+        return type(value)(_packed(item) for item in value)
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
@@ -56,4 +56,4 @@ def _unpacked(value):
         if value.keys() == {"__opaque__"}:
             return Opaque(str(value["__opaque__"]))
         return {key: _unpacked(item) for key, item in value.items()}
-    return tuple(_unpacked(item) for item in value) if isinstance(value, tuple | list) else value
+    return type(value)(_unpacked(item) for item in value) if isinstance(value, tuple | list) else value

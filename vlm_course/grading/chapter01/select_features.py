@@ -53,6 +53,12 @@ def one_by_one(states, layer, strategy):
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
+def only_lists(states, layer, strategy):
+    layers = layer if isinstance(layer, list) else [layer]
+    joined = torch.cat([states[index] for index in layers], -1)
+    return joined if strategy == "full" else joined[:, 1:, :]
+
+
 def by_stack(states, layer, strategy):
     stacked = torch.stack([states[index] for index in as_list(layer)], dim=2)  # [B, 1+N, k, D]
     flat = stacked.flatten(2)
@@ -140,5 +146,9 @@ SELECT_FEATURES = Exercise(
             lambda s, i, how: F.layer_norm(select(s, i, how), select(s, i, how).shape[-1:]),
         ),
     },
-    also_correct={"each layer cut by itself": one_by_one, "stacked and flattened": by_stack},
+    also_correct={
+        "each layer cut by itself": one_by_one,
+        "asks for a list": only_lists,
+        "stacked and flattened": by_stack,
+    },
 )
