@@ -71,3 +71,23 @@ class CrossAttentionDecoder(nn.Module):
                 x = self.cross[str(number)](x, media, mask)  # [B, T, D]
             x = block(x, phases, None, None, number)  # [B, T, D]; None: causal, no cache
         return self.decoder.head(self.decoder.norm(x[:, -logits_to_keep:]))  # [B, T, D] -> [B, T, V]
+
+
+def cross_attention_parameters(text_dim: int, media_dim: int, heads: int, head_dim: int) -> int:
+    """Weights of the queries, keys, values and output of one cross-attention, without biases.
+
+    Source: Flamingo (Alayrac et al. 2022, arXiv 2204.14198), section 2.2.
+    """
+    inner = heads * head_dim
+    queries, output = text_dim * inner, inner * text_dim
+    keys = values = media_dim * inner
+    return queries + keys + values + output
+
+
+def gated_block_parameters(text_dim: int, media_dim: int, heads: int, head_dim: int) -> int:
+    """Parameters of a `GatedCrossAttention` with its feed-forward net of four times the width: all of them are new."""
+    attention = cross_attention_parameters(text_dim, media_dim, heads, head_dim)
+    feed_forward = 2 * text_dim * (4 * text_dim)
+    norms = 2 * (text_dim + text_dim)
+    gates = 2
+    return attention + feed_forward + norms + gates
