@@ -81,6 +81,66 @@ def llava_config(config: Any) -> LlavaConfig:
     )
 
 
+def transformers_config(config: LlavaConfig) -> Any:
+    """LlavaConfig -> transformers' LlavaConfig, so that their class can hold our weights; undoes `llava_config`.
+
+    Raises ValueError for an option that their model does not have.
+    """
+    from transformers import CLIPVisionConfig, LlamaConfig
+    from transformers import LlavaConfig as TheirConfig
+
+    vision, text = config.vision, config.text
+    if not vision.pre_norm or vision.image_hw[0] != vision.image_hw[1]:
+        raise ValueError(
+            f"the tower has pre_norm={vision.pre_norm} and images of {vision.image_hw}, but CLIP's in transformers "
+            "always has the norm and square images"
+        )
+    if config.bridge != "mlp" or config.visual_tokens != vision.n_patches:
+        raise ValueError(
+            f"the bridge is {config.bridge!r} with {config.visual_tokens} tokens for {vision.n_patches} patches, but "
+            "transformers' has two layers and keeps every patch"
+        )
+    return TheirConfig(
+        vision_config=CLIPVisionConfig(
+            image_size=vision.image_hw[0],
+            patch_size=vision.patch_size,
+            hidden_size=vision.width,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads,
+            intermediate_size=vision.mlp_width,
+            num_channels=vision.channels,
+            hidden_act=vision.activation,
+            layer_norm_eps=vision.norm_eps,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=text.vocab_size,
+            hidden_size=text.width,
+            num_hidden_layers=text.layers,
+            num_attention_heads=text.heads,
+            num_key_value_heads=text.kv_heads,
+            head_dim=text.head_dim,
+            intermediate_size=text.mlp_width,
+            rope_theta=text.rope_theta,
+            rms_norm_eps=text.norm_eps,
+            tie_word_embeddings=text.tie_embeddings,
+            max_position_embeddings=text.max_positions,
+        ),
+        image_token_id=config.image_id,
+        image_seq_length=config.visual_tokens,
+        vision_feature_layer=config.feature_layer,
+        tie_word_embeddings=text.tie_embeddings,
+    )
+
+
+def as_transformers(model: Llava) -> Any:
+    """Our model as a LlavaForConditionalGeneration with the same weights, in eval mode. The tensors are copied."""
+    from transformers import LlavaForConditionalGeneration
+
+    theirs = LlavaForConditionalGeneration(transformers_config(model.config))
+    theirs.load_state_dict(to_transformers(model.state_dict()))
+    return theirs.eval()
+
+
 def load_llava(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Llava:
     """A downloaded checkpoint folder (config.json, *.safetensors) -> a Llava in eval mode.
 
