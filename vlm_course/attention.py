@@ -30,13 +30,19 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     return attention_mask.bool()[:, None, None, :]  # [B, S] -> [B, 1, 1, S]
 
 
+def _prefix_rule(lengths, length):
+    if lengths.dim() != 1:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected [batch]: one prefix length per row")
+    if length < 1:
+        raise ValueError(f"length is {length}, but a sequence has at least one token")
+
+
+@checks(_prefix_rule)
 def prefix_mask(lengths: Tensor, length: int) -> Tensor:
     """Causal, but the first `lengths[b]` tokens (an image and its question, as in PaliGemma) see each other fully.
 
     lengths [B] counts prefix tokens -> [B, 1, length, length]. Source: T5 (Raffel et al. 2020), section 3.2.1.
     """
-    if lengths.dim() != 1:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected [batch]: one prefix length per row")
     in_prefix = torch.arange(length, device=lengths.device) < lengths[:, None]  # [B, T]
     return causal_mask(length, device=lengths.device) | in_prefix[:, None, None, :]  # [B, 1, T, T]
 
