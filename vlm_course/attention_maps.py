@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm_course.attention import attention_weights, causal_mask, media_attention_mask
 from vlm_course.bridges import PerceiverLayer
-from vlm_course.decoder import SelfAttention, apply_rotary
+from vlm_course.decoder import Decoder, SelfAttention, apply_rotary
 from vlm_course.fusion import GatedCrossAttention
 
 
@@ -73,3 +73,19 @@ def _resampler(module: PerceiverLayer, media, latents) -> Tensor:
 
 
 _WEIGHTS = {SelfAttention: _self_attention, GatedCrossAttention: _cross_attention, PerceiverLayer: _resampler}
+
+
+@torch.no_grad()
+def hidden_states(decoder: Decoder, embeds: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The residual stream: embeds [B, T, D] -> [layers + 1, B, T, D], before the first block and after each of them.
+
+    mask: as in `Decoder.forward`; None means causal.
+    """
+    states = [embeds]
+    handles = [block.register_forward_hook(lambda _, __, out: states.append(out)) for block in decoder.blocks]
+    try:
+        decoder(embeds, mask=mask, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(states)

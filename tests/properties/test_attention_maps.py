@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlm_course.attention_maps import attention_maps
+from vlm_course.attention_maps import attention_maps, hidden_states
 from vlm_course.bridges import PerceiverResampler
 from vlm_course.decoder import Decoder, DecoderConfig
 from vlm_course.flamingo import CrossAttentionDecoder
@@ -81,3 +81,14 @@ def test_what_cannot_be_watched_is_named():
     embeds = decoder.embed(IDS)
     with pytest.raises(ValueError, match="without a KV cache"), attention_maps(decoder):
         decoder(embeds, cache=decoder.new_cache())
+
+
+def test_hidden_states_end_where_the_head_begins():
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG).eval()
+    embeds = decoder.embed(IDS)
+    states = hidden_states(decoder, embeds)
+    assert states.shape == (3, 1, 6, 16) and torch.equal(states[0], embeds)
+    torch.testing.assert_close(decoder.head(decoder.norm(states[-1])), decoder(embeds))
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    assert (hidden_states(decoder, embeds, mask=everything)[1:] - states[1:]).abs().max() > 1e-4
