@@ -13,17 +13,29 @@ from torch import nn
 
 from vlm_course.attention import attend
 from vlm_course.patches import PatchEmbedding, interpolate_positions
-from vlm_course.validation import checks, require_divisible, require_shape
+from vlm_course.validation import (
+    checks,
+    counts,
+    method_checks,
+    require_count,
+    require_divisible,
+    require_number,
+    require_one_of,
+    require_same_device,
+    require_shape,
+    takes,
+)
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """CLIP's approximation of GELU, x * sigmoid(1.702 x). It is close to GELU, not equal: up to 0.02 apart."""
-    return x * torch.sigmoid(1.702 * x)
+    return x * (1.702 * x).sigmoid_()  # in place in the product: one array less of the tower's widest
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+@counts(patch_size=1, width=1, layers=1, heads=1, mlp_width=1, channels=1)
 @dataclass(frozen=True)
 class ViTConfig:
     """Shape of a vision transformer. `image_size` is one number for a square or (height, width), in pixels."""
@@ -40,11 +52,14 @@ class ViTConfig:
     pre_norm: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(f"image_size is {self.image_size}, expected one number or two, (height, width)")
+        require_number(self.norm_eps, "norm_eps", low=0)
         for size, side in zip(self.image_hw, ("height", "width"), strict=True):
+            require_count(size, f"image_size, the image's {side},")
             require_divisible(size, self.patch_size, f"the image's {side}", "patch_size")
         require_divisible(self.width, self.heads, "width", "heads")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
+        require_one_of(self.activation, "activation", ACTIVATIONS)
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -62,6 +77,12 @@ class ViTConfig:
         return self.grid[0] * self.grid[1]
 
 
+def _check_heads(self, width: int, heads: int) -> None:
+    require_divisible(width, heads, "width", "heads")
+
+
+@counts(width=1, heads=1)
+@checks(takes("B T D", lambda self: self.qkv.weight, width=lambda self: self.qkv.in_features), init=_check_heads)
 class SelfAttention(nn.Module):
     """Multi-head self-attention with biases and one fused projection. forward: [B, T, D] -> [B, T, D]."""
 
@@ -79,6 +100,12 @@ class SelfAttention(nn.Module):
         return self.out(x.transpose(1, 2).reshape(B, T, D))  # [B, H, T, d] -> [B, T, D]
 
 
+def _check_mlp(self, width: int, mlp_width: int, activation: str) -> None:
+    require_one_of(activation, "activation", ACTIVATIONS)
+
+
+@counts(width=1, mlp_width=1)
+@checks(takes("B T D", lambda self: self.fc1.weight, width=lambda self: self.fc1.in_features), init=_check_mlp)
 class MLP(nn.Module):
     """Two linear maps with an activation between. forward: [B, T, D] -> [B, T, D]."""
 
@@ -92,6 +119,14 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))  # [B, T, D] -> [B, T, mlp_width] -> [B, T, D]
 
 
+def _check_block(self, *, width: int, heads: int, mlp_width: int, activation: str, norm_eps: float = 1e-5) -> None:
+    require_divisible(width, heads, "width", "heads")
+    require_one_of(activation, "activation", ACTIVATIONS)
+    require_number(norm_eps, "norm_eps", low=0)
+
+
+@counts(width=1, heads=1, mlp_width=1)
+@checks(takes("B T D", lambda self: self.norm1.weight), init=_check_block)
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block, shared by the vision and the text tower. forward: [B, T, D] -> [B, T, D]."""
 
@@ -107,6 +142,12 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))  # [B, T, D]
 
 
+def _check_blocks(blocks: nn.ModuleList) -> None:
+    if len(blocks) < 1:
+        raise ValueError("there are 0 blocks to initialise, expected at least 1")
+
+
+@checks(_check_blocks)
 @torch.no_grad()
 def init_transformer(blocks: nn.ModuleList) -> None:
     """Weights N(0, 0.02), biases zero; the maps that end a residual branch are scaled by 1/sqrt(2 * layers).
@@ -128,6 +169,7 @@ def _check_sequence(patches: torch.Tensor, class_token: torch.Tensor, positions:
     require_shape(class_token, "class_token", "D", D=D)
     hint = f"the image gave {N} patches, and the class token has a position too"
     require_shape(positions, "positions", "1+N D", D=D, **{"1+N": 1 + N}, hint=hint)
+    require_same_device(patches=patches, class_token=class_token, positions=positions)
 
 
 @checks(_check_sequence)
@@ -142,11 +184,19 @@ def add_class_and_positions(patches: torch.Tensor, class_token: torch.Tensor, po
 
 
 def _check_selection(states: list[torch.Tensor], layer: int | list[int] = -2, strategy: str = "default") -> None:
-    if strategy not in ("default", "full"):
-        raise ValueError(f"strategy is {strategy!r}, expected 'default' (patches alone) or 'full' (class token too)")
-    for index in [layer] if isinstance(layer, int) else layer:
+    if len(states) < 1:
+        raise ValueError("there are 0 hidden states to choose from, expected at least 1")
+    for index, state in enumerate(states):
+        require_shape(state, f"state {index}", "B 1+N D", **dict(zip(("B", "1+N", "D"), states[0].shape, strict=False)))
+        require_same_device(**{"state 0": states[0], f"state {index}": state})
+    require_one_of(strategy, "strategy", ("default", "full"))
+    layers = [layer] if isinstance(layer, int) else layer
+    if not isinstance(layers, list | tuple) or len(layers) < 1:
+        raise ValueError(f"layer is {layer!r}: 0 layers, expected a number or a list of at least 1")
+    for index in layers:
         if not -len(states) <= index < len(states):
-            raise ValueError(f"layer is {index}, but there are {len(states)} hidden states")
+            span = f"-{len(states)} to {len(states) - 1}"
+            raise ValueError(f"layer is {index}, but there are {len(states)} hidden states: expected {span}")
 
 
 @checks(_check_selection)
@@ -164,6 +214,17 @@ def select_features(states: list[torch.Tensor], layer: int | list[int] = -2, str
     return features[:, 1:] if strategy == "default" else features  # [B, 1+N, k*D] -> [B, N, k*D]
 
 
+def _check_pixels(self: "VisionTransformer", pixels: torch.Tensor, *, interpolate: bool = False) -> None:
+    require_same_device(pixels=pixels, **{"the tower": self.class_token})
+
+
+def _check_config(self, config: ViTConfig) -> None:
+    if not isinstance(config, ViTConfig):
+        raise ValueError(f"config is a {type(config).__name__}, expected a ViTConfig")
+
+
+@method_checks(embed=_check_pixels)
+@checks(init=_check_config)
 class VisionTransformer(nn.Module):
     """CLIP's vision tower. forward: pixels [B, C, H, W] -> [B, 1+N, D], CLS first, before the final LayerNorm.
 
