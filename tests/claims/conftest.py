@@ -89,3 +89,19 @@ def seen(small, exam):
 
     with torch.no_grad():
         return small.model.encode_images(exam.pixels)
+
+
+@pytest.fixture(scope="session")
+def sharp(small, exam, seen):
+    """What the shipped model answers in the exam, the control of every experiment on it."""
+    from vlm_course.probe_questions import score
+
+    return score(small.model, exam, seen)
+
+
+@pytest.fixture(scope="session")
+def swapped(small, exam, seen):
+    """Its answers when every question comes with another scene."""
+    from vlm_course.probe_questions import score
+
+    return score(small.model, exam, seen.roll(1, dims=0))

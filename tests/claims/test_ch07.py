@@ -20,7 +20,6 @@ from vlm_course.grounding import (
     polygon,
     polygons_to_mask,
 )
-from vlm_course.probe_questions import score
 
 UNIT = (1, 1)
 DOG = (102, 384, 298, 571)  # the lesson's example, on a scale to 1000
@@ -152,8 +151,7 @@ def test_masks_without_a_mask_decoder(says):
 
 
 @pytest.mark.claim("7-11", kind="experiment")
-def test_another_image_moves_the_box_of_the_same_words(small, exam, seen):
+def test_another_image_moves_the_box_of_the_same_words(sharp, swapped):
     """Fails if the box followed from the words alone: then another image would give the same error."""
-    right = score(small.model, exam, seen).box_error()
-    other = score(small.model, exam, seen.roll(1, dims=0)).box_error()
+    right, other = sharp.box_error(), swapped.box_error()
     assert right < 3 and other > 3 * right + 5, (right, other)
