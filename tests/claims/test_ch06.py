@@ -28,6 +28,13 @@ def learned(config, stage):
     return sum(sizes[name] for name in names), sum(sizes.values())
 
 
+@pytest.mark.claim("6-02", kind="arithmetic")
+def test_sizes_of_both_sets(says):
+    """Fails if the published parts did not add up to 158K and 665K, so that one of them were another set's."""
+    for parts in ((58, 23, 77), (150, 515)):
+        says(f"{sum(parts)}K", *(f"{part}K" for part in parts))
+
+
 @pytest.mark.claim("6-03", kind="model")
 def test_an_mlp_in_front_of_vicuna_13b_has_31_million_parameters(real_llava, count, says):
     """Fails if an MLP of 21 million parameters could stand in front of Vicuna-13B."""

@@ -188,6 +188,14 @@ def test_ten_pages(qwen_positions, says):
     says(f"{tokens:,}", f"{LLAVA_13B.text.max_positions:,}", f"{qwen_positions:,}")
 
 
+@pytest.mark.claim("8-15", kind="arithmetic")
+def test_tokens_of_a_dense_page(says):
+    """Fails if 500 to 700 words, at 60 to 80 words in 100 tokens, were thousands of tokens."""
+    least, most = 500 / 0.8, 700 / 0.6
+    assert most < 2000
+    says(f"{round(least, -2):.0f} to {round(most, -2):,.0f} tokens")
+
+
 @pytest.mark.claim("8-16", kind="experiment")
 def test_coarse_pixels_alone_make_absent_things_present(small):
     """Fails if the image had no part in it: then the same language model would err no more on coarse pixels."""
