@@ -72,9 +72,15 @@ def media_attention_mask(media: Tensor, tokens_per_image: int) -> Tensor:
 def _attend_rule(q, k, v, *, mask=None, is_causal=False):
     if q.dim() != 4 or k.dim() != 4 or k.shape[:-1] != v.shape[:-1]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"attend needs [batch, heads, tokens, head_dim] with as many keys as values, got {shapes}")
+        raise ValueError(f"expected [batch, heads, tokens, head_dim] with as many keys as values, but got {shapes}")
+    if q.shape[0] != k.shape[0] or 0 in q.shape or 0 in k.shape:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
+        raise ValueError(f"expected the same batch for queries and keys, and no axis of size 0, but got {shapes}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: expected one device")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"queries have head_dim {q.shape[-1]}, keys {k.shape[-1]}: were heads and head_dim swapped?")
+        have = f"queries have head_dim {q.shape[-1]}, keys {k.shape[-1]}"
+        raise ValueError(f"{have}, expected the same: were heads and head_dim swapped?")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: not a multiple")
     if is_causal and q.shape[-2] > k.shape[-2]:
@@ -83,9 +89,14 @@ def _attend_rule(q, k, v, *, mask=None, is_causal=False):
         return
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask is {mask.dtype}, expected torch.bool: a number would be added to the scores")
-    for have, need, what in ((mask.shape[-1], k.shape[-2], "keys"), (mask.shape[-2], q.shape[-2], "queries")):
-        if have not in (1, need):
-            raise ValueError(f"the mask has {have} {what} but there are {need}: does it leave out the cached tokens?")
+    if not 2 <= mask.dim() <= 4:
+        raise ValueError(f"the mask has {mask.dim()} dimensions {tuple(mask.shape)}, expected 2 to 4: [B, H, T, S]")
+    if mask.device != q.device:
+        raise ValueError(f"the mask is on {mask.device}, but the queries are on {q.device}")
+    axes = ((k.shape[2], "keys"), (q.shape[2], "queries"), (q.shape[1], "heads"), (q.shape[0], "rows"))
+    for have, (size, what) in zip(reversed(mask.shape), axes, strict=False):
+        if have not in (1, size):
+            raise ValueError(f"the mask has {have} {what} but there are {size}: does it leave out the cached tokens?")
 
 
 @checks(_attend_rule)

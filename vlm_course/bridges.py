@@ -5,7 +5,6 @@ and `PerceiverResampler` and `CAbstractor` compress any number of patches to a f
 has the bridge that also reads the question.
 """
 
-from collections.abc import Callable
 from math import isqrt
 
 import torch
@@ -13,15 +12,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlm_course.attention import attend
-from vlm_course.validation import checks, require_divisible, require_shape, require_square
+from vlm_course.validation import (
+    checks,
+    counts,
+    require_divisible,
+    require_grid,
+    require_same_device,
+    require_shape,
+    require_square,
+    takes,
+)
+
+TOWER = "was the bridge built for another vision tower?"
 
 
-def _width(expected: Callable[[nn.Module], int]) -> Callable[..., None]:
-    hint = "was the bridge built for another vision tower?"
-    return lambda self, features: require_shape(features, "features", "B N D", D=expected(self), hint=hint)
-
-
-@checks(_width(lambda self: self.linear.in_features))
+@counts(vision_dim=1, llm_dim=1)
+@checks(
+    takes(
+        "B N D",
+        lambda self: self.linear.weight,
+        width=lambda self: self.linear.in_features,
+        name="features",
+        hint=TOWER,
+    )
+)
 class LinearBridge(nn.Module):
     """One linear map. forward: features [B, N, D_vision] -> [B, N, D_llm].
 
@@ -36,7 +50,16 @@ class LinearBridge(nn.Module):
         return self.linear(features)  # [B, N, D_vision] -> [B, N, D_llm]
 
 
-@checks(_width(lambda self: self.mlp[0].in_features))
+@counts(vision_dim=1, llm_dim=1)
+@checks(
+    takes(
+        "B N D",
+        lambda self: self.mlp[0].weight,
+        width=lambda self: self.mlp[0].in_features,
+        name="features",
+        hint=TOWER,
+    )
+)
 class VisionProjection(nn.Module):
     """Two linear maps with an exact GELU between. forward: features [B, N, D_vision] -> [B, N, D_llm].
 
@@ -55,6 +78,15 @@ class VisionProjection(nn.Module):
         return self.mlp(features)  # [B, N, D_vision] -> [B, N, D_llm]
 
 
+def _check_latents(self: "PerceiverLayer", media: torch.Tensor, latents: torch.Tensor) -> None:
+    width = self.to_q.in_features
+    require_shape(media, "media", "B N D", D=width, hint=TOWER)
+    require_shape(latents, "latents", "B M D", B=media.shape[0], D=width)
+    require_same_device(media=media, latents=latents, **{"the layer": self.norm_media.weight})
+
+
+@counts(dim=1, heads=1, head_dim=1, mlp_ratio=1)
+@checks(_check_latents)
 class PerceiverLayer(nn.Module):
     """One layer of the resampler: the latents read the media and themselves, then pass a feed-forward net.
 
@@ -89,7 +121,8 @@ class PerceiverLayer(nn.Module):
         return latents + self.feed_forward(latents)  # [B, M, D]
 
 
-@checks(_width(lambda self: self.latents.shape[1]))
+@counts(dim=1, queries=1, depth=1, heads=1, head_dim=1, mlp_ratio=1)
+@checks(takes("B N D", lambda self: self.latents, name="features", hint=TOWER))
 class PerceiverResampler(nn.Module):
     """Any number of features in, `queries` tokens out. forward: features [B, N, D] -> [B, queries, D].
 
@@ -123,6 +156,7 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents)  # [B, M, D]
 
 
+@checks(takes("B C H W", lambda self: self.weight, at=1))
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a feature map. forward: [B, C, H, W] -> [B, C, H, W]."""
 
@@ -130,6 +164,8 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, C, H, W] -> [B, H, W, C] -> back
 
 
+@counts(channels=1, squeezed=1)
+@checks(takes("B C H W", lambda self: self.squeeze.weight, width=lambda self: self.squeeze.in_channels, at=1))
 class SqueezeExcite(nn.Module):
     """Scale every channel by a gate in (0, 1), computed from all channels' means. forward: [B, C, H, W] -> same.
 
@@ -146,6 +182,8 @@ class SqueezeExcite(nn.Module):
         return x * gate.sigmoid()  # [B, C, H, W]
 
 
+@counts(in_channels=1, channels=1)
+@checks(takes("B C H W", lambda self: self.conv1.weight, width=lambda self: self.conv1.in_channels, at=1))
 class RegBlock(nn.Module):
     """RegNet's bottleneck block with LayerNorm and SiLU. forward: [B, C_in, H, W] -> [B, C_out, H, W].
 
@@ -177,9 +215,16 @@ def _check_grid(self: "CAbstractor", features: torch.Tensor) -> None:
     rows, cols = self.grid
     hint = f"the bridge was built for a grid of {rows} x {cols} patches of its tower: was CLS left in, or N changed?"
     require_shape(features, "features", "B N D", N=rows * cols, D=self.vision_dim, hint=hint)
+    require_same_device(features=features, **{"the bridge": self.mlp[0].weight})
 
 
-@checks(_check_grid)
+def _check_abstractor(self, *, queries: int, grid: int | tuple[int, int], **rest: object) -> None:
+    require_square(queries, "queries", hint="the tokens are pooled on a square grid")
+    require_grid((grid, grid) if isinstance(grid, int) else grid, "grid")
+
+
+@counts(vision_dim=1, llm_dim=1, queries=1, hidden=1, depth=1, mlp_depth=1)
+@checks(_check_grid, init=_check_abstractor)
 class CAbstractor(nn.Module):
     """Convolutions around an average pool: locality kept, any number of tokens. forward: [B, N, D] -> [B, M, D_llm].
 
@@ -228,13 +273,15 @@ def _check_shuffle(x: torch.Tensor, factor: int = 2, *, grid: tuple[int, int] | 
     if grid is None:
         side = require_square(N, "N", hint="was CLS left in? For another shape pass grid=(rows, columns)")
         grid = (side, side)
-    elif grid[0] * grid[1] != N:
+    require_grid(grid, "grid")
+    if grid[0] * grid[1] != N:
         cells = grid[0] * grid[1]
         raise ValueError(f"x has N = {N} patches, but the grid {tuple(grid)} has {cells} cells; was CLS left in?")
     for size, name in zip(grid, ("rows", "columns"), strict=True):
         require_divisible(size, factor, f"the grid's number of {name}", "factor", hint="pad the image first")
 
 
+@counts(factor=1)
 @checks(_check_shuffle)
 def pixel_shuffle(x: torch.Tensor, factor: int = 2, *, grid: tuple[int, int] | None = None) -> torch.Tensor:
     """Put each square of factor x factor patches side by side in one wider token: no value is lost.
@@ -255,9 +302,11 @@ def pixel_shuffle(x: torch.Tensor, factor: int = 2, *, grid: tuple[int, int] | N
 def _check_shuffled(self: "ShuffleProjection", features: torch.Tensor) -> None:
     width = self.mlp[0].normalized_shape[0] // self.factor**2
     require_shape(features, "features", "B N D", D=width, hint="was the bridge built for another vision tower?")
+    require_same_device(features=features, **{"the bridge": self.mlp[1].weight})
     _check_shuffle(features, self.factor)
 
 
+@counts(vision_dim=1, llm_dim=1, factor=1)
 @checks(_check_shuffled)
 class ShuffleProjection(nn.Module):
     """InternVL's bridge: pixel shuffle, LayerNorm, MLP. forward: [B, N, D_vision] -> [B, N / factor**2, D_llm].

@@ -11,12 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlm_course.validation import checks, require_divisible, require_shape
+from vlm_course.validation import (
+    checks,
+    counts,
+    method_checks,
+    readable,
+    require_divisible,
+    require_number,
+    require_one_of,
+    require_same_device,
+    require_shape,
+)
 from vlm_course.vit import ACTIVATIONS, TransformerBlock, VisionTransformer, init_transformer
 
 MAX_LOGIT_SCALE = log(100)
 
 
+@counts(vocab_size=1, width=1, layers=1, heads=1, mlp_width=1, max_length=1, eos_id=0)
 @dataclass(frozen=True)
 class TextTowerConfig:
     """Shape of CLIP's text tower. `eos_id` ends a caption; its position carries the caption's feature."""
@@ -35,10 +46,29 @@ class TextTowerConfig:
         require_divisible(self.width, self.heads, "width", "heads")
         if not 0 <= self.eos_id < self.vocab_size:
             raise ValueError(f"eos_id is {self.eos_id}, outside the vocabulary of {self.vocab_size}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}, expected one of {sorted(ACTIVATIONS)}")
+        require_one_of(self.activation, "activation", ACTIVATIONS)
+        require_number(self.norm_eps, "norm_eps", low=0)
 
 
+def _check_ids(self: "TextTower", ids: torch.Tensor) -> None:
+    require_shape(ids, "ids", "B T", floating=False)
+    require_same_device(ids=ids, **{"the tower": self.positions})
+    if ids.shape[1] > self.config.max_length:
+        places = self.config.max_length
+        raise ValueError(f"captions have {ids.shape[1]} tokens, but the tower has positions for {places}")
+    if readable(ids) and ids.device.type == "cpu":  # elsewhere a look would wait for the device
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"ids run from {low} to {high}, expected 0 to {self.config.vocab_size - 1}")
+
+
+def _check_text_config(self, config: TextTowerConfig) -> None:
+    if not isinstance(config, TextTowerConfig):
+        raise ValueError(f"config is a {type(config).__name__}, expected a TextTowerConfig")
+
+
+@method_checks(hidden_states=_check_ids)
+@checks(init=_check_text_config)
 class TextTower(nn.Module):
     """CLIP's causal text transformer. forward: ids [B, T], right padded -> [B, D] at the first end-of-text token.
 
@@ -67,10 +97,7 @@ class TextTower(nn.Module):
 
     def hidden_states(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """layers+1 tensors [B, T, D]: the embeddings, then every block's output, before the final LayerNorm."""
-        require_shape(ids, "ids", "B T", floating=False)
         T = ids.shape[1]
-        if T > self.config.max_length:
-            raise ValueError(f"captions have {T} tokens, but the tower has positions for {self.config.max_length}")
         states = [self.token_embedding(ids) + self.positions[:T]]  # [B, T] -> [B, T, D]
         for block in self.blocks:
             states.append(block(states[-1], is_causal=True))  # [B, T, D] -> [B, T, D]
@@ -91,6 +118,9 @@ def _check_pairs(images: torch.Tensor, captions: torch.Tensor, logit_scale: torc
     require_shape(images, "images", "images E")
     hint = "were both brought to the shared space by their projections?"
     require_shape(captions, "captions", "captions E", E=images.shape[1], hint=hint)
+    if logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale has shape {list(logit_scale.shape)}, expected [], one number for all pairs")
+    require_same_device(images=images, captions=captions, logit_scale=logit_scale)
 
 
 @checks(_check_pairs)
@@ -105,6 +135,14 @@ def contrastive_logits(images: torch.Tensor, captions: torch.Tensor, logit_scale
     return scale * images @ captions.T  # [B, E] x [E, B'] -> [B, B']
 
 
+def _check_batch(self: "ContrastiveModel", pixels: torch.Tensor, ids: torch.Tensor) -> None:
+    require_shape(pixels, "pixels", "B C H W")
+    require_shape(ids, "ids", "B T", floating=False, B=pixels.shape[0], hint="one caption for every image")
+    require_same_device(pixels=pixels, ids=ids, **{"the model": self.logit_scale})
+
+
+@counts(embed_dim=1)
+@checks(_check_batch)
 class ContrastiveModel(nn.Module):
     """CLIP: both towers, a linear map into a shared space for each, and a learned temperature.
 
@@ -138,7 +176,7 @@ class ContrastiveModel(nn.Module):
 def _check_logits(logits: torch.Tensor) -> None:
     require_shape(logits, "logits", "images captions")
     if logits.shape[0] != logits.shape[1]:
-        raise ValueError(f"logits has {logits.shape[0]} images and {logits.shape[1]} captions; pairs need as many")
+        raise ValueError(f"logits has {logits.shape[0]} images and {logits.shape[1]} captions, expected as many of both")
 
 
 @checks(_check_logits)

@@ -3,9 +3,10 @@
 from torch import nn
 
 from vlm_course.bridges import VisionProjection
-from vlm_course.validation import checks, counts, require_divisible
+from vlm_course.validation import checks, counts, require_divisible, require_square
 
 
+@counts(height=1, width=1, patch_size=1)
 def visual_tokens(height: int, width: int, patch_size: int) -> int:
     """Patches of a `height` x `width` image (px). A convolution with stride = kernel = patch_size drops the remainder.
 
@@ -14,6 +15,7 @@ def visual_tokens(height: int, width: int, patch_size: int) -> int:
     return (height // patch_size) * (width // patch_size)
 
 
+@counts(image_size=1, patch_size=1, vision_dim=1, llm_dim=1, text_tokens=0)
 def pipeline_shapes(
     image_size: int, patch_size: int, vision_dim: int, llm_dim: int, text_tokens: int
 ) -> dict[str, tuple[int, ...]]:
@@ -30,6 +32,7 @@ def pipeline_shapes(
     }
 
 
+@counts(vision_dim=1, llm_dim=1)
 def projection_parameters(vision_dim: int, llm_dim: int) -> int:
     """Parameters of `VisionProjection(vision_dim, llm_dim)`: two weight matrices and two biases."""
     first = vision_dim * llm_dim + llm_dim
@@ -37,11 +40,13 @@ def projection_parameters(vision_dim: int, llm_dim: int) -> int:
     return first + second
 
 
+@counts(vision_dim=1, llm_dim=1, llm_parameters=1)
 def projection_share(vision_dim: int, llm_dim: int, llm_parameters: int) -> float:
     """Parameters of the bridge over those of the language model, as a fraction."""
     return (vision_dim * llm_dim + llm_dim + llm_dim * llm_dim + llm_dim) / llm_parameters
 
 
+@counts(tokens=1, vision_dim=1, llm_dim=1)
 def bridge_flops(kind: str, tokens: int, vision_dim: int, llm_dim: int) -> int:
     """Floating-point operations of the matrix products of one image's bridge; a multiply-add counts as two.
 
@@ -54,6 +59,7 @@ def bridge_flops(kind: str, tokens: int, vision_dim: int, llm_dim: int) -> int:
     raise ValueError(f"kind is {kind!r}, expected 'linear' or 'mlp'")
 
 
+@counts(dim=1, queries=1, depth=1, heads=1, head_dim=1, mlp_ratio=1)
 def resampler_parameters(dim: int, queries: int, depth: int, heads: int, head_dim: int, mlp_ratio: int) -> int:
     """Parameters of `PerceiverResampler`: its linear maps have no biases, its LayerNorms have a scale and a shift.
 
@@ -74,6 +80,7 @@ def build_projection_13b() -> nn.Module:
 # convolutions (a multiply-add counts as two; biases, norms and activations are left out).
 
 
+@counts(vision_dim=1, llm_dim=1)
 def linear_parameters(vision_dim: int, llm_dim: int) -> int:
     """Parameters of `LinearBridge(vision_dim, llm_dim)`."""
     return vision_dim * llm_dim + llm_dim
@@ -132,6 +139,7 @@ def _abstractor(
 
 
 @counts(vision_dim=1, llm_dim=1, queries=1, hidden=1, depth=1, mlp_depth=1)
+@checks(lambda *args, queries, **rest: require_square(queries, "queries"))
 def abstractor_parameters(
     *, vision_dim: int, llm_dim: int, queries: int, hidden: int = 1024, depth: int = 3, mlp_depth: int = 2
 ) -> int:
@@ -140,6 +148,7 @@ def abstractor_parameters(
 
 
 @counts(tokens=1, vision_dim=1, llm_dim=1, queries=1, hidden=1, depth=1, mlp_depth=1)
+@checks(lambda *args, queries, **rest: require_square(queries, "queries"))
 def abstractor_flops(
     tokens: int, *, vision_dim: int, llm_dim: int, queries: int, hidden: int = 1024, depth: int = 3, mlp_depth: int = 2
 ) -> int:

@@ -8,10 +8,26 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlm_course.validation import checks, counts, require_shape
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def _check_picture(image: Image.Image, **_: object) -> None:
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image is a {type(image).__name__}, expected a picture (PIL.Image.Image)")
+    if min(image.size) < 1:
+        raise ValueError(f"image has (width, height) = {image.size}, expected at least 1 pixel of each")
+
+
+def _check_padding(image: Image.Image, fill: tuple[int, int, int] | None = None) -> None:
+    _check_picture(image)
+    if fill is not None and (len(fill) != 3 or min(fill) < 0 or max(fill) > 255):
+        raise ValueError(f"fill is {tuple(fill)}, expected three numbers from 0 to 255: (red, green, blue)")
+
+
+@checks(_check_padding)
 def pad_to_square(image: Image.Image, fill: tuple[int, int, int] | None = None) -> Image.Image:
     """Centre an RGB image on a square of its longer side. `fill` is (red, green, blue) in 0..255.
 
@@ -27,6 +43,8 @@ def pad_to_square(image: Image.Image, fill: tuple[int, int, int] | None = None) 
     return square
 
 
+@counts(size=1)
+@checks(_check_picture)
 def clip_preprocess(image: Image.Image, *, size: int = 336) -> torch.Tensor:
     """CLIP's preprocessing: shorter side to `size` (bicubic), centre crop, normalise. Returns [3, size, size] float32.
 
@@ -43,6 +61,7 @@ def clip_preprocess(image: Image.Image, *, size: int = 336) -> torch.Tensor:
     return (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]  # [3, H, W]
 
 
+@checks(_check_picture)
 def border_colour(image: Image.Image) -> tuple[int, int, int]:
     """Mean colour of the outermost ring of pixels, as (red, green, blue) in 0..255."""
     pixels = np.asarray(image.convert("RGB"))  # [H, W, 3]
@@ -51,6 +70,8 @@ def border_colour(image: Image.Image) -> tuple[int, int, int]:
     return tuple(round(channel) for channel in pixels[ring].mean(axis=0, dtype=np.float64))
 
 
+@counts(size=1)
+@checks(_check_picture)
 def small_preprocess(image: Image.Image, *, size: int = 96) -> torch.Tensor:
     """The small model's preprocessing. Returns [3, size, size] float32 in [-1, 1].
 
@@ -62,12 +83,15 @@ def small_preprocess(image: Image.Image, *, size: int = 96) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1  # uint8 [H, W, 3] -> [3, H, W]
 
 
+def _check_pixels(pixels: torch.Tensor) -> None:
+    require_shape(pixels, "pixels", "C H W", C=3, floating=None, hint="pick one image of a batch first")
+
+
+@checks(_check_pixels)
 def to_pil(pixels: torch.Tensor) -> Image.Image:
     """A picture from pixels [3, H, W] in [-1, 1]; values outside are clipped. Undoes the scaling of `small_preprocess`.
 
     Raises ValueError unless there are exactly three channels.
     """
-    if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise ValueError(f"pixels has shape {list(pixels.shape)}, expected [3, H, W]; pick one image of a batch first")
     scaled = (pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5  # [3, H, W] in [0, 255]
     return Image.fromarray(scaled.round().to(torch.uint8).permute(1, 2, 0).numpy())  # [3, H, W] -> [H, W, 3]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlm_course.validation import checks, require_divisible, require_shape
+from vlm_course.validation import checks, counts, require_divisible, require_grid, require_shape, takes
 
 
 def _check_image(image: torch.Tensor, patch_size: int) -> None:
@@ -17,6 +17,7 @@ def _check_image(image: torch.Tensor, patch_size: int) -> None:
     require_divisible(image.shape[3], patch_size, "the image's width", "patch_size", hint=hint)
 
 
+@counts(patch_size=1)
 @checks(_check_image)
 def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Cut an image into square patches, read row by row, each flattened in the order (channel, row, column).
@@ -32,10 +33,12 @@ def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def _check_patches(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> None:
+    require_grid(grid, "grid")
     require_shape(patches, "patches", "B N C*p*p", floating=None, N=grid[0] * grid[1], hint=f"the grid is {grid}")
     require_divisible(patches.shape[2], patch_size**2, "a patch's length", "patch_size**2")
 
 
+@counts(patch_size=1)
 @checks(_check_patches)
 def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch.Tensor:
     """Undo `patchify`.
@@ -52,6 +55,8 @@ def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) ->
     return x.reshape(B, C, rows * p, cols * p)  # [B, C, rows, p, cols, p] -> [B, C, H, W]
 
 
+@counts(channels=1, patch_size=1, width=1)
+@checks(takes("B C H W", lambda self: self.weight, width=lambda self: self.weight.shape[1], at=1, name="image"))
 class PatchEmbedding(nn.Module):
     """One linear map for every patch: what a convolution with stride = kernel = patch size computes.
 
@@ -72,10 +77,10 @@ class PatchEmbedding(nn.Module):
 
 
 def _check_positions(positions: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> None:
+    require_grid(old_grid, "the old grid")
+    require_grid(new_grid, "the new grid")
     cells = old_grid[0] * old_grid[1]
     require_shape(positions, "positions", "1+N D", **{"1+N": 1 + cells}, hint=f"grid {old_grid} plus one row for CLS")
-    if min(new_grid) < 1:
-        raise ValueError(f"the new grid is {new_grid}, expected at least one row and one column")
 
 
 @checks(_check_positions)

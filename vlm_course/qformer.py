@@ -9,9 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_course.attention import attend, padding_mask
-from vlm_course.validation import checks, counts, require_divisible, require_same_device, require_shape
+from vlm_course.validation import (
+    checks,
+    counts,
+    require_count,
+    require_divisible,
+    require_number,
+    require_same_device,
+    require_shape,
+    takes,
+)
 
 
+def _check_read(self: "PostNormAttention", x: Tensor, context: Tensor, mask: Tensor | None = None) -> None:
+    require_shape(x, "x", "B T D", D=self.to_q.in_features)
+    require_shape(context, "context", "B S C", B=x.shape[0], C=self.to_k.in_features)
+    require_same_device(x=x, context=context, **{"the layer": self.norm.weight})
+
+
+def _check_attention(self, dim: int, context_dim: int, heads: int, norm_eps: float) -> None:
+    require_divisible(dim, heads, "dim", "heads")
+    require_number(norm_eps, "norm_eps", low=0)
+
+
+@counts(dim=1, context_dim=1, heads=1)
+@checks(_check_read, init=_check_attention)
 class PostNormAttention(nn.Module):
     """BERT's attention: residual first, LayerNorm after it. forward: x [B, T, D], context [B, S, C] -> [B, T, D].
 
@@ -36,6 +58,12 @@ class PostNormAttention(nn.Module):
         return self.norm(x + self.to_out(read.transpose(1, 2).flatten(2)))  # [B, H, T, d] -> [B, T, D]
 
 
+def _check_mlp(self, dim: int, hidden: int, norm_eps: float) -> None:
+    require_number(norm_eps, "norm_eps", low=0)
+
+
+@counts(dim=1, hidden=1)
+@checks(takes("B T D", lambda self: self.norm.weight), init=_check_mlp)
 class PostNormMLP(nn.Module):
     """BERT's feed-forward net: exact GELU, residual, LayerNorm. forward: [B, T, D] -> [B, T, D]."""
 
@@ -49,6 +77,22 @@ class PostNormMLP(nn.Module):
         return self.norm(x + self.fc2(F.gelu(self.fc1(x))))  # [B, T, D] -> [B, T, hidden] -> [B, T, D]
 
 
+def _check_layer(self: "QFormerLayer", x: Tensor, features: Tensor, queries: int, mask: Tensor | None) -> None:
+    require_shape(x, "x", "B T D", D=self.attention.norm.weight.shape[0])
+    require_count(queries, "queries")
+    if queries > x.shape[1]:
+        raise ValueError(f"queries is {queries}, but x has only {x.shape[1]} tokens, queries and words together")
+    if self.cross_attention is not None:
+        _check_read(self.cross_attention, x, features)
+
+
+def _check_layer_sizes(self, *, dim: int, heads: int, norm_eps: float, **rest: object) -> None:
+    require_divisible(dim, heads, "dim", "heads")
+    require_number(norm_eps, "norm_eps", low=0)
+
+
+@counts(dim=1, vision_dim=1, heads=1, mlp_width=1)
+@checks(_check_layer, init=_check_layer_sizes)
 class QFormerLayer(nn.Module):
     """Queries and words attend to each other; then the queries alone read the image, in the layers that have eyes.
 
@@ -95,8 +139,9 @@ def _check_forward(self: "QFormer", features: Tensor, ids: Tensor | None = None,
         require_same_device(attention_mask=attention_mask, bridge=self.queries)
 
 
-def _check_sizes(self, *, dim: int = 768, heads: int = 12, **rest) -> None:
+def _check_sizes(self, *, dim: int = 768, heads: int = 12, norm_eps: float = 1e-12, **rest: object) -> None:
     require_divisible(dim, heads, "dim", "heads")
+    require_number(norm_eps, "norm_eps", low=0)
 
 
 @checks(_check_forward, init=_check_sizes)

@@ -8,7 +8,7 @@ The definitions that a chapter has the learner write stay short because their ch
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from math import inf, isfinite, isqrt
 from numbers import Integral, Real
@@ -178,3 +178,63 @@ def require_finite(value: torch.Tensor, name: str) -> None:
     if readable(value) and not bool(value.isfinite().all()):
         bad = int((~value.isfinite()).sum())
         raise ValueError(f"{name} has {bad} of {value.numel()} numbers that are NaN or infinite, expected 0")
+
+
+def takes(
+    axes: str,
+    weight: Callable[[Any], torch.Tensor],
+    *,
+    width: Callable[[Any], int] | None = None,
+    at: int = -1,
+    name: str | None = None,
+    hint: str = "",
+) -> Callable[..., None]:
+    """A rule for a module's method whose first argument is a floating-point tensor with the given axes.
+
+    Args:
+        axes: such as "B T D".
+        weight: a parameter of the module; the tensor must lie on its device.
+        width: the size that axis `at` must have, by default the last axis of `weight`.
+        name: of the argument, by default what the guarded method calls it ("x" if the rule stands alone).
+
+    What is right costs a few comparisons of Python numbers; only what is wrong is looked at closely.
+    """
+    names = axes.split()
+    rank, axis = len(names), names[at]
+
+    def rule(self: Any, *args: Any, **kwargs: Any) -> None:
+        x = args[0] if args else kwargs[label] if label in kwargs else next(iter(kwargs.values()))
+        w = weight(self)
+        size = w.shape[-1] if width is None else width(self)
+        if isinstance(x, torch.Tensor) and x.dim() == rank and x.shape[at] == size and x.device == w.device:
+            if x.is_floating_point() and 0 not in x.shape:
+                return
+        require_shape(x, label, axes, hint=hint, **{axis: size})
+        require_same_device(**{label: x, "the module": w})
+
+    label = name or "x"
+    return rule
+
+
+def together(*rules: Callable[..., None]) -> Callable[..., None]:
+    """Several rules as one, in order."""
+
+    def rule(*args: Any, **kwargs: Any) -> None:
+        for one in rules:
+            one(*args, **kwargs)
+
+    return rule
+
+
+def require_grid(grid: Any, name: str) -> None:
+    """Raise ValueError unless `grid` is (rows, columns), two whole numbers of at least 1."""
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise ValueError(f"{name} is {grid!r}, expected two whole numbers: (rows, columns)")
+    if any(isinstance(side, bool) or not isinstance(side, Integral) or side < 1 for side in grid):
+        raise ValueError(f"{name} is {tuple(grid)}, expected two whole numbers of at least 1: (rows, columns)")
+
+
+def require_one_of(value: Any, name: str, known: Any) -> None:
+    """Raise ValueError, listing what is known, unless `value` is among it."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")

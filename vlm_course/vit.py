@@ -4,7 +4,7 @@ Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929), section 3.1; Radford et al.
 section 2.4. LLaVA (Liu et al. 2023, arXiv 2304.08485, section 4.1) reads the last layer but one of this tower.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +52,10 @@ class ViTConfig:
     pre_norm: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
-            raise ValueError(f"image_size is {self.image_size}, expected one number or two, (height, width)")
+        if not isinstance(self.image_size, int) and (
+            not isinstance(self.image_size, Sequence) or len(self.image_size) != 2
+        ):
+            raise ValueError(f"image_size is {self.image_size}, expected one whole number or two, (height, width)")
         require_number(self.norm_eps, "norm_eps", low=0)
         for size, side in zip(self.image_hw, ("height", "width"), strict=True):
             require_count(size, f"image_size, the image's {side},")
