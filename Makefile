@@ -6,19 +6,22 @@ VENV   ?= .venv
 OLDEST ?= .venv-oldest
 # How many test processes run at once, and how many threads each one's arithmetic may use.
 JOBS   ?= 2
+# What `make coverage` runs, in this order.
+ROOMS  ?= $(sort $(dir $(wildcard tests/*/test_*.py)))
 BIN    := $(VENV)/bin
 PIP    := -m pip --disable-pip-version-check --quiet
 
 export PYTHONHASHSEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test build bench test-oldest mutate
+.PHONY: help lab test build bench coverage test-oldest mutate
 
 help:
 	@echo "make lab          install, and open the course in JupyterLab"
 	@echo "make test         install, then run every test and every notebook"
 	@echo "make build        rebuild the notebooks from solutions/"
 	@echo "make bench        measure speed beside the peers"
+	@echo "make coverage     list the lines of the package that no test runs"
 	@echo "make test-oldest  run the tests on the oldest supported torch and transformers"
 	@echo "make mutate       change the package's code on purpose and count the changes that the tests miss"
 
@@ -37,6 +40,14 @@ build: $(VENV)/.installed-course
 
 bench: $(VENV)/.installed-course
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# Folder by folder: what one folder's tests leave in memory does not slow down the next.
+coverage: $(VENV)/.installed-course
+	$(BIN)/coverage erase
+	for room in $(ROOMS); do \
+		OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n $(JOBS) -m "not serial" $$room || exit 1; done
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 mutate: $(VENV)/.installed-course
 	$(BIN)/python tests/mutate.py $(MODULES)
