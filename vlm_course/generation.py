@@ -60,7 +60,7 @@ def greedy_generate(model, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> 
 _PARTS = {Decoder, DecoderBlock, SelfAttention, SwiGLU, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding}
 
 
-class CachedStep:
+class _CachedStep:
     """One more token for every row of a cache: what `Decoder.forward` computes, without calling a module.
 
     Small models spend most of a step on calls, not on arithmetic. Here the weights are looked up once, the rotary
@@ -139,8 +139,13 @@ def generate(
     length = ids.shape[1] + max_new_tokens
     cache = model.new_cache(capacity=length) if use_cache else None
     quick = None
-    if use_cache and attention_mask is None and CachedStep.fits(model) and length <= model.decoder.config.max_positions:
-        quick = CachedStep(model.decoder, length)
+    if (
+        use_cache
+        and attention_mask is None
+        and _CachedStep.fits(model)
+        and length <= model.decoder.config.max_positions
+    ):
+        quick = _CachedStep(model.decoder, length)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     sequence, step, new = ids, ids, []
     while True:

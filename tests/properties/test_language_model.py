@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlm_course.attention import prefix_mask
 from vlm_course.chat import pad_rows
 from vlm_course.decoder import Decoder, DecoderConfig, KVCache, RMSNorm, rotary_phases
-from vlm_course.generation import CachedStep, choose_token, generate, greedy_generate, top_p_filter
+from vlm_course.generation import _CachedStep, choose_token, generate, greedy_generate, top_p_filter
 from vlm_course.llava import LLAVA_7B, LLAVA_13B, SMALL, Llava, LlavaConfig, small_config
 from vlm_course.loss import response_loss
 from vlm_course.tokenizer import WordTokenizer
@@ -165,7 +165,7 @@ def test_a_cached_step_is_the_decoders_own(rows, past, steps, kv_heads, head_dim
     config = DecoderConfig(**sizes, head_dim=head_dim, norm_eps=0.3, rope_theta=50.0)
     decoder = redraw(Decoder(config).double(), seed=seed)
     ids = torch.randint(0, V, (rows, past + steps), generator=torch.Generator().manual_seed(seed))
-    cache, step = decoder.new_cache(), CachedStep(decoder, past + steps)
+    cache, step = decoder.new_cache(), _CachedStep(decoder, past + steps)
     with torch.no_grad():
         expected = decoder(decoder.embed(ids))
         decoder(decoder.embed(ids[:, :past]), cache=cache)
@@ -180,7 +180,7 @@ def test_what_hangs_on_a_module_is_called_at_every_token(model):
     """A hook, an adapter or another class is not bypassed by the quick step, and the answer stays the same."""
     ids, pixels = batch()
     expected, calls = generate(model, ids, pixels, max_new_tokens=5), []
-    assert CachedStep.fits(model)
+    assert _CachedStep.fits(model)
     for register in ("register_forward_hook", "register_forward_pre_hook"):
         handle = getattr(model.decoder.blocks[1].mlp.down, register)(lambda *_: calls.append(1))
         assert torch.equal(generate(model, ids, pixels, max_new_tokens=5), expected)
@@ -194,7 +194,7 @@ def test_what_hangs_on_a_module_is_called_at_every_token(model):
     other = Llava(model.config).double()
     other.load_state_dict(model.state_dict())
     other.decoder.blocks[0].mlp.up.__class__ = Doubled
-    assert not CachedStep.fits(other)
+    assert not _CachedStep.fits(other)
     assert torch.equal(*(generate(other, ids, pixels, max_new_tokens=5, use_cache=cached) for cached in (True, False)))
 
 
