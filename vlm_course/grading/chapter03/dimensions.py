@@ -139,7 +139,7 @@ GATED_BLOCK_PARAMETERS = Exercise(
             "Your feed-forward net is as wide as the text: inside, it is four times as wide.", ratio=1
         ),
         "norms forgotten": _block_mistake("You left out the two LayerNorms, a scale and a shift each.", norms=0),
-        "one norm": _block_mistake("You counted half of the norms: two LayerNorms, each with scale and shift.", norms=1),
+        "one norm": _block_mistake("You counted half of the norms: two LayerNorms, each with a shift.", norms=1),
         "gates forgotten": _block_mistake("You left out the gates: two numbers, one for each half.", gates=0),
         "one gate": _block_mistake("You counted one gate: each half has its own.", gates=1),
         "a gate a channel": Mistake(
