@@ -6,7 +6,7 @@ Everything is read out by ridge regression, the same for every candidate, so tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -48,6 +48,25 @@ def lone_objects(count: int, *, seed: int) -> LoneObjects:
     """`count` scenes of one object, drawn from a seed."""
     scenes = sample(count, generator=torch.Generator().manual_seed(seed), objects=(1, 1))
     return LoneObjects(scenes, render(scenes, generator=torch.Generator().manual_seed(seed + 1)))
+
+
+def exchanged(scenes: Scenes, kind: str) -> tuple[Scenes, Tensor]:
+    """Scenes of two objects with one property exchanged between the two, and the rows in which that changes anything.
+
+    Args: kind, "colour", "shape", "size" or "place". To exchange the places, everything else is exchanged: a caption
+    names the objects in reading order, and that stays. Raises ValueError when a scene has not two objects.
+    """
+    if not bool((scenes.count == 2).all()):
+        raise ValueError(f"the scenes have {sorted(set(scenes.count.tolist()))} objects, expected 2 in each")
+    row = torch.arange(len(scenes))
+    first, second = scenes.present.int().topk(2, dim=1).indices.unbind(1)  # [B, K] -> 2 x [B]
+    changed, new = torch.zeros(len(scenes), dtype=torch.bool), {}
+    for name in ("colour", "shape", "size") if kind == "place" else (kind,):
+        value = getattr(scenes, name)  # [B, K]
+        new[name] = value.clone()
+        new[name][row, first], new[name][row, second] = value[row, second], value[row, first]
+        changed |= (new[name] != value).any(1)
+    return replace(scenes, **new), changed.nonzero()[:, 0]
 
 
 def patch_centres(patch_size: int) -> Tensor:

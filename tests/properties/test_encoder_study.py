@@ -66,3 +66,21 @@ def test_recall_counts_both_directions():
     assert encoder_study.recall_at_one(similarity) == pytest.approx((2 / 3, 2 / 3))
     with pytest.raises(ValueError, match="captions = 2"):
         encoder_study.recall_at_one(torch.zeros(3, 2))
+
+
+def test_exchanging_touches_one_property_of_the_two_objects():
+    from vlm_course.worlds.scenes import sample
+
+    scenes = sample(20, generator=torch.Generator().manual_seed(3), objects=(2, 2))
+    swapped, rows = encoder_study.exchanged(scenes, "colour")
+    assert 0 < len(rows) <= 20
+    for row in range(20):
+        before, after = ([words.split() for words in world.describe(row)] for world in (scenes, swapped))
+        assert [words[1] for words in after] == [words[1] for words in before][::-1]
+        assert [words[::2] for words in after] == [words[::2] for words in before]
+        assert (row in rows.tolist()) == (after != before)
+    moved, rows = encoder_study.exchanged(scenes, "place")
+    assert all(moved.describe(row) == scenes.describe(row)[::-1] for row in range(20))
+    assert torch.equal(moved.cell, scenes.cell) and len(rows) > 15
+    with pytest.raises(ValueError, match="expected 2"):
+        encoder_study.exchanged(sample(2, generator=torch.Generator().manual_seed(3), objects=(3, 3)), "size")
