@@ -1,6 +1,5 @@
 """How visual features meet text: spliced in at <image> (LLaVA), or read through gated cross-attention (Flamingo)."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_course.attention import attend, media_attention_mask
-from vlm_course.validation import checks, require_shape
+from vlm_course.validation import checks, checks_on_request, require_shape
 
 
 def _cause(placeholders: int, features: int) -> str:
@@ -25,37 +24,32 @@ def _cause(placeholders: int, features: int) -> str:
     return "does the prompt hold more images than were given?"
 
 
-def _checks_placeholders(function):
+def _splice_rule(embeds, ids, features, image_id, *, check):
     """Compares the placeholders of every row with the features. This reads values back from the device, so training
     passes `check=False`, and a compiled graph or the meta device never does it."""
-
-    @functools.wraps(function)
-    def checked(embeds, ids, features, image_id, *, check=True):
-        if embeds.shape[:2] != ids.shape or features.dim() != 3 or features.shape[-1] != embeds.shape[-1]:
+    if embeds.shape[:2] != ids.shape or features.dim() != 3 or features.shape[-1] != embeds.shape[-1]:
+        raise ValueError(
+            f"embeds {tuple(embeds.shape)}, ids {tuple(ids.shape)}, features {tuple(features.shape)}: expected "
+            "[B, T, D], [B, T] and [images, M, D]; does the bridge end in another width than the language model's?"
+        )
+    if not check or ids.is_meta or torch.compiler.is_compiling():
+        return
+    images, per_image = features.shape[:2]
+    counts = (ids == image_id).sum(dim=1).tolist()
+    for row, count in enumerate(counts):
+        if count % per_image:
             raise ValueError(
-                f"embeds {tuple(embeds.shape)}, ids {tuple(ids.shape)}, features {tuple(features.shape)}: expected "
-                "[B, T, D], [B, T] and [images, M, D]; does the bridge end in another width than the language model's?"
+                f"image has {count} placeholders but the tower gave {per_image} features (row {row}): "
+                + _cause(count, per_image)
             )
-        if check and not (ids.is_meta or torch.compiler.is_compiling()):
-            images, per_image = features.shape[:2]
-            counts = (ids == image_id).sum(dim=1).tolist()
-            for row, count in enumerate(counts):
-                if count % per_image:
-                    raise ValueError(
-                        f"image has {count} placeholders but the tower gave {per_image} features (row {row}): "
-                        + _cause(count, per_image)
-                    )
-            if sum(counts) != images * per_image:
-                raise ValueError(
-                    f"the batch has {sum(counts)} placeholders but the tower gave {images} x {per_image} = "
-                    f"{images * per_image} features: {_cause(sum(counts), images * per_image)}"
-                )
-        return function(embeds, ids, features, image_id)
-
-    return checked
+    if sum(counts) != images * per_image:
+        raise ValueError(
+            f"the batch has {sum(counts)} placeholders but the tower gave {images} x {per_image} = "
+            f"{images * per_image} features: {_cause(sum(counts), images * per_image)}"
+        )
 
 
-@_checks_placeholders
+@checks_on_request(_splice_rule)
 def splice_image_features(embeds: Tensor, ids: Tensor, features: Tensor, image_id: int) -> Tensor:
     """Puts the visual features where the placeholders are; every other token keeps its embedding.
 

@@ -81,6 +81,22 @@ def counts(**least: int) -> Callable:
     return decorate
 
 
+def checks_on_request(rule: Callable[..., None]) -> Callable:
+    """Like `checks`, for a function whose checks read values back from the device: whoever cannot wait calls it with
+    `check=False`. The rule is told (`check`), the function is not.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def guarded(*args: Any, check: bool = True, **kwargs: Any) -> Any:
+            rule(*args, check=check, **kwargs)
+            return function(*args, **kwargs)
+
+        return guarded
+
+    return decorate
+
+
 def _guarded(function: Callable, rule: Callable[..., None]) -> Callable:
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
