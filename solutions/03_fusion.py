@@ -26,9 +26,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vlm_course import chat, flamingo, fuyu, generation
+from vlm_course import bridge_study, chat, flamingo, fuyu
 from vlm_course.attention import attend, block_mask, causal_mask, media_attention_mask, padding_mask
-from vlm_course.attention_maps import attention_maps, hidden_states
+from vlm_course.attention_maps import hidden_states
 from vlm_course.catalog import catalog_table, find
 from vlm_course.grading import check, part, question
 from vlm_course.progress import predict, reveal
@@ -418,18 +418,21 @@ print("made from the text:  to_q,       input width", block.to_q.in_features)
 print("made from the image: to_k, to_v, input width", block.to_k.in_features, block.to_v.in_features)
 
 # %% [markdown]
-# And on a whole model: a decoder with such blocks, gates open. Change the question: the features that the blocks read stay the same tensor. Change the image: the text behind it moves. Flamingo's image sees the question no more than LLaVA's does.
+# And in a whole model: a decoder with such blocks, their gates half open. What the blocks read is made before any text is seen, and no layer writes to it. Change the image, and text moves, from the marker on. Flamingo's image sees the question no more than LLaVA's does.
 
 # %% covers=["3-idea-2"]
 model = flamingo.CrossAttentionDecoder(decoder.config, image_id=image_id, media_dim=192, at=(1, 3, 5), heads=4,
                                        head_dim=32, decoder=decoder)
-for name, weight in model.cross.named_parameters():
-    weight.data.fill_(0.5) if name.endswith("gate") else None
-media = model.read(features[:, None])  # [1, 144, 192] -> [1, 1, 144, 192]
+for gated in model.cross.values():
+    gated.attention_gate.data.fill_(0.5)
+patches = small.model.vision.patch_features(pixels[:2])[:, None]  # [2, n_images, 144, 192]
+ids = prompt(first, visual_tokens=1)                              # [1, T], a single <image>
 with torch.no_grad():
-    answers = [model(prompt(words, 1), media) for words in (first, second)]  # logits [1, T, V]
-print("sequence:", answers[0].shape[1], "tokens, 1 of them <image>; keys and values from", media.shape[2], "patches")
-print("media is computed before any text is seen, and no layer writes to it")
+    one, two = (model(ids, model.read(image[None])) for image in patches)  # logits [1, T, V]
+moved = (one - two)[0].abs().amax(-1).gt(0).nonzero()[:, 0].tolist()
+print(f"sequence: {ids.shape[1]} tokens, {int((ids == image_id).sum())} of them <image>, at place 1; "
+      f"features read: {patches.shape[2]}")
+print("another image moves the places", moved)
 
 # %% [markdown] covers=["3-derivation-1"]
 # ## Derivation: what a block of Flamingo weighs
@@ -498,7 +501,7 @@ check("gated_block_parameters", globals())
 gated_block_parameters = part("gated_block_parameters", globals())
 with torch.device("meta"):
     block = GatedCrossAttention(dim=8192, media_dim=1536, heads=64, head_dim=128)
-count = lambda module: sum(weight.numel() for weight in module.parameters())
+count = bridge_study.count_parameters
 attention, whole = cross_attention_parameters(8192, 1536, 64, 128), gated_block_parameters(8192, 1536, 64, 128)
 print(f"formula {whole:,}   module {count(block):,}")
 print(f"attention {attention / 1e6:.1f}M   feed-forward {count(block.feed_forward) / 1e6:.1f}M   block {whole / 1e6:.0f}M")
@@ -538,7 +541,6 @@ assert learns == new
 # What a 7B language model spends on reading one image, before the first word of the answer; and what the image takes of its memory for keys and values (float16). The vision tower's own work is the same in all three rows: a resampler stands behind it.
 
 # %% covers=["3-idea-3"]
-from vlm_course import bridge_study
 from vlm_course.llava import LLAVA_7B, Llava
 
 with torch.device("meta"):
@@ -700,8 +702,8 @@ figures.show(figure, "Bars of how often an absent object is affirmed, by how it 
 # %% covers=["3-adversarial-1"]
 def effect(world: str, sharpness: str, absent: str) -> float:
     """How many points more often than after tuning on even scenes an absent object is affirmed."""
-    rate = lambda name: causes.mean(f"{name}-{sharpness}", "model", absent, "hallucinated")
-    return 100 * (rate(world) - rate("even"))
+    here, even = (causes.mean(f"{name}-{sharpness}", "model", absent, "hallucinated") for name in (world, "even"))
+    return 100 * (here - even)
 
 for sharpness in ("sharp", "reduced"):
     print(f"{sharpness}: frequent objects {effect('frequent', sharpness, 'frequent'):+.1f} points, "

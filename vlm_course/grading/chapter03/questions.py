@@ -47,8 +47,7 @@ WHY_IT_HALLUCINATES = Question(
         ),
         "c": Option(
             "Several causes meet: habits of the training data decide where the image leaves room for doubt.",
-            "With one architecture, the training world and the sharpness of the image change the rates, and they add "
-            "to each other.",
+            "With one architecture throughout, the training world and the sharpness of the image change the rates.",
         ),
         "d": Option(
             "The language model invents facts, as language models do; the image has nothing to do with it.",
