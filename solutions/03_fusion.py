@@ -556,7 +556,7 @@ for tokens, like in ((576, "LLaVA-1.5"), (256, "Qwen-VL"), (64, "Flamingo's coun
 # %% [markdown] covers=["3-table-1"]
 # ## Interleaved, and without a tower
 #
-# Two images in one prompt cost early fusion nothing new: two runs of placeholders, and features in the same order. Your splice does it already. What a *model* makes of a second image is another matter; it has to be trained for it.
+# Two images in one prompt cost early fusion nothing new: two runs of placeholders, and features in the same order. Your splice does it already. What a *model* makes of a second image is another matter; we measure that next.
 
 # %% covers=["3-table-1"]
 two_images = torch.cat([prompt("what is in the image ?"), prompt(first)], dim=1)  # [1, 2 * 145 + text]
@@ -565,6 +565,24 @@ print("places:", two_images.shape[1], "  of them visual:", int((two_images == im
 runs = (two_images[0] == image_id).int().diff(prepend=torch.tensor([0])).eq(1).nonzero()[:, 0].tolist()
 print("images begin at", runs)
 assert torch.equal(both[0, runs[1]], visual[1, 0])
+
+# %% [markdown]
+# ### Where it fails
+#
+# The shipped model never saw two images in one prompt. Ask it about the second one, with another image and three answered questions before it. The same questions, once with one image and once with two:
+
+# %%
+from vlm_course.studies import fusion_strategies
+
+asked = fusion_strategies.exam_questions("early", small, 24)
+with torch.no_grad():
+    patches = small.model.vision.patch_features(asked.pixels)  # [B, 144, 192]
+for way, label in (("early", "one image"), ("interleaved", "two images, the second one asked about")):
+    score = fusion_strategies.answers(way, small.model, asked, patches)
+    print(f"{label:40s}" + "   ".join(f"{kind} {score.accuracy(kind):.2f}" for kind in asked.kinds))
+
+# %% [markdown]
+# The splice runs, the masks are right, and still answers are lost: nothing in its training told this model which of two images a question means. Some of it carries over; what a model should do, it has to be trained to do.
 
 # %% [markdown] covers=["3-table-1"]
 # Fuyu goes further and has no vision tower. One linear map takes the 2,700 numbers of a patch of 30 x 30 pixels to the width of the language model, and a newline token ends every row of patches, so that images of any shape can be read.
@@ -588,7 +606,6 @@ with torch.device("meta"):
 # Four tiny models, each with the shipped vision tower and a decoder of under a million parameters, trained alike on the same scenes: early fusion, cross-attention, 16 resampled tokens, and two interleaved images. How well do they answer?
 
 # %% covers=["3-simulation-1"]
-from vlm_course.studies import fusion_strategies
 from vlm_course.studies.common import load_results
 
 study = load_results("fusion")
