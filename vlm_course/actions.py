@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm_course.validation import checks, require_shape
+from vlm_course.validation import checks, counts, readable, require_number, require_shape
 
 
 def _require_finite(value: Tensor, name: str) -> None:
@@ -19,11 +19,12 @@ def _require_finite(value: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {kind}, expected a floating-point tensor")
     if value.numel() == 0:
         raise ValueError(f"{name} is empty, shape {tuple(value.shape)}, expected at least one number")
-    bad = int((~value.isfinite()).sum())
+    bad = int((~value.isfinite()).sum()) if readable(value) else 0
     if bad:
         raise ValueError(f"{name} has {bad} numbers out of {value.numel()} that are NaN or infinite")
 
 
+@counts(vocab_size=1, bins=2)
 @dataclass(frozen=True)
 class ActionTokenizer:
     """Numbers in [low, high] as the last words of a vocabulary, the most negative action being the very last one.
@@ -40,8 +41,8 @@ class ActionTokenizer:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.bins < 2:
-            raise ValueError(f"bins is {self.bins}, expected at least 2: the edges include both ends of the range")
+        require_number(self.low, "low")
+        require_number(self.high, "high")
         if self.vocab_size < self.bins:
             raise ValueError(f"a vocabulary of {self.vocab_size} words has no room for {self.bins} action words")
         if not self.low < self.high:
@@ -105,6 +106,8 @@ def _range_rule(actions: Tensor, q01: Tensor, q99: Tensor, mask: Tensor | None =
     devices = {str(t.device) for t in (actions, q01, q99, mask) if t is not None}
     if len(devices) > 1:
         raise ValueError(f"actions, q01, q99 and mask lie on {len(devices)} devices, expected 1: {sorted(devices)}")
+    if not readable(q01):
+        return
     scaled = torch.ones_like(q01, dtype=torch.bool) if mask is None else mask
     inverted = ((q99 <= q01) & scaled).nonzero().flatten().tolist()
     if inverted:

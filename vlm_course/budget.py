@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vlm_course.costs import bridge_flops
 from vlm_course.decoder import DecoderConfig
 from vlm_course.llava import LlavaConfig
+from vlm_course.validation import counts, require_count, require_number
 from vlm_course.vit import ViTConfig
 
 
@@ -22,6 +23,10 @@ class GPU:
     bandwidth: float
     flops: float
     source: str
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "bandwidth", "flops"):
+            require_number(getattr(self, name), name, above=0)
 
 
 GPUS = {
@@ -44,6 +49,7 @@ GPUS = {
 }
 
 
+@counts(group=1, group_bits=0)
 @dataclass(frozen=True)
 class Quantization:
     """Bits of a weight in the decoder's linear layers. `group` weights share `group_bits` of scale and zero point.
@@ -56,6 +62,9 @@ class Quantization:
     bits: float
     group: int | None = None
     group_bits: int = 0
+
+    def __post_init__(self) -> None:
+        require_number(self.bits, "bits", above=0)
 
     @property
     def bytes_per_weight(self) -> float:
@@ -86,15 +95,13 @@ def _lookup(table: dict, key, what: str):
     return table[key]
 
 
-def _require_counts(minimum: int, **counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {minimum}")
+def _require_counts(minimum: int, **values: int) -> None:
+    for name, value in values.items():
+        require_count(value, name, minimum)
 
 
 def _require_efficiency(efficiency: float) -> None:
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"efficiency is {efficiency}, expected a part of the peak, above 0 and at most 1")
+    require_number(efficiency, "efficiency", high=1, above=0)
 
 
 def _decoder(config: DecoderConfig | LlavaConfig) -> DecoderConfig:
@@ -113,12 +120,19 @@ def _linear_weights(text: DecoderConfig) -> int:
 
 def decoder_parameters(text: DecoderConfig) -> int:
     """Parameters of `Decoder(config)`."""
+    text = _decoder(text)
     embeddings = text.vocab_size * text.width * (1 if text.tie_embeddings else 2)
     return _linear_weights(text) + embeddings + (2 * text.layers + 1) * text.width
 
 
+def _require_tower(vision: ViTConfig) -> None:
+    if not isinstance(vision, ViTConfig):
+        raise ValueError(f"the tower is a {type(vision).__name__}, expected a ViTConfig")
+
+
 def vit_parameters(vision: ViTConfig) -> int:
     """Parameters of `VisionTransformer(config)`."""
+    _require_tower(vision)
     D, M = vision.width, vision.mlp_width
     block = 4 * D * D + 4 * D + 2 * D * M + M + D + 4 * D
     embedding = vision.channels * vision.patch_size**2 * D + D + (1 + vision.n_patches) * D
@@ -173,8 +187,10 @@ def activation_bytes(
 
 def vit_flops(vision: ViTConfig, *, layers: int | None = None) -> int:
     """Floating-point operations of one image's matrix products in the first `layers` blocks (all by default)."""
+    _require_tower(vision)
     layers = vision.layers if layers is None else layers
-    if not 0 <= layers <= vision.layers:
+    _require_counts(0, layers=layers)
+    if layers > vision.layers:
         raise ValueError(f"layers is {layers}, but the tower has {vision.layers} blocks")
     tokens, D = 1 + vision.n_patches, vision.width
     embedding = 2 * vision.n_patches * vision.channels * vision.patch_size**2 * D

@@ -176,7 +176,7 @@ class ContrastiveModel(nn.Module):
 def _check_logits(logits: torch.Tensor) -> None:
     require_shape(logits, "logits", "images captions")
     if logits.shape[0] != logits.shape[1]:
-        raise ValueError(f"logits has {logits.shape[0]} images and {logits.shape[1]} captions, expected as many of both")
+        raise ValueError(f"logits has {logits.shape[0]} images and {logits.shape[1]} captions, expected as many")
 
 
 @checks(_check_logits)

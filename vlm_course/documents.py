@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from vlm_course.validation import checks, require_shape
+from vlm_course.validation import checks, counts, require_shape
 
 POINTS_PER_INCH = 72
 
@@ -152,6 +152,7 @@ def _check_layout(embedding: "LayoutEmbedding", boxes: Tensor) -> None:
     _require_boxes(boxes, width=largest, height=largest)
 
 
+@counts(width=1, coordinates=1)
 @checks(_check_layout)
 class LayoutEmbedding(nn.Module):
     """Where a word stands, as a vector to add to its token embedding. forward: boxes [B, T, 4] -> [B, T, D].
@@ -164,7 +165,6 @@ class LayoutEmbedding(nn.Module):
 
     def __init__(self, width: int, *, coordinates: int = 1024):
         super().__init__()
-        _require_positive(width=width, coordinates=coordinates)
         self.x = nn.Embedding(coordinates, width)
         self.y = nn.Embedding(coordinates, width)
         self.height = nn.Embedding(coordinates, width)

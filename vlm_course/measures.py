@@ -9,18 +9,36 @@ from .generation import generate
 from .grounding.metrics import intersection_and_union, share
 from .llava import Llava
 from .tokenizer import WordTokenizer
-from .validation import checks, require_shape
+from .validation import checks, counts, require_same_device, require_shape
 from .worlds.dialogs import LOCATIONS, from_grid
 
 Table = dict[str, dict[str, float]]  # measure -> column -> value
 
 
+def _require_questions(model: Llava, features: Tensor, questions: Tensor, rows: str) -> None:
+    require_shape(
+        features, "features", "B N D", D=model.config.text.width, hint="visual tokens, as the decoder reads them"
+    )
+    require_shape(questions, "questions", f"{rows} L", floating=False, **({"B": len(features)} if rows == "B" else {}))
+    require_same_device(features=features, questions=questions)
+
+
+@counts(batch=1)
+@checks(lambda model, pixels, batch: require_shape(pixels, "pixels", "B C H W"))
 @torch.no_grad()
 def encode_in_batches(model: Llava, pixels: Tensor, batch: int) -> Tensor:
     """Visual tokens of many images, `batch` at a time: [B, 3, H, W] -> [B, M, D]."""
     return torch.cat([model.encode_images(part) for part in pixels.split(batch)])
 
 
+def _check_answer(
+    model: Llava, tokenizer: WordTokenizer, features: Tensor, questions: Tensor, *, max_new_tokens: int
+) -> None:
+    _require_questions(model, features, questions, "B")
+
+
+@counts(max_new_tokens=1)
+@checks(_check_answer)
 @torch.no_grad()
 def answer(
     model: Llava, tokenizer: WordTokenizer, features: Tensor, questions: Tensor, *, max_new_tokens: int
@@ -61,6 +79,19 @@ def answer(
     return new.masked_fill(ended, tok.pad_id)
 
 
+def _check_answer_many(
+    model: Llava, tokenizer: WordTokenizer, features: Tensor, image: Tensor, questions: Tensor, **rest: int
+) -> None:
+    _require_questions(model, features, questions, "Q")
+    require_shape(image, "image", "Q", floating=False, Q=len(questions), hint="the picture of each question")
+    require_same_device(features=features, image=image)
+    low, high = (int(end) for end in image.aminmax())
+    if low < 0 or high >= len(features):
+        raise ValueError(f"the questions are about images {low} to {high}, expected 0 to {len(features) - 1}")
+
+
+@counts(max_new_tokens=1, batch=1)
+@checks(_check_answer_many)
 @torch.no_grad()
 def answer_many(
     model: Llava,
@@ -121,6 +152,14 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return share(*intersection_and_union(a, b), 0.0)
 
 
+def _check_numbers(answers: Tensor, tokenizer: WordTokenizer, count: int, marks: str) -> None:
+    require_shape(answers, "answers", "B L", floating=None, empty=True)
+    if len(marks) != 2:
+        raise ValueError(f"marks is {marks!r}, expected two characters, such as '[]'")
+
+
+@counts(count=1)
+@checks(_check_numbers)
 def read_numbers(answers: Tensor, tokenizer: WordTokenizer, count: int, marks: str) -> Tensor:
     """The numbers of "[ 1 2 3 4 ]" or "( 1 2 )" in pixels: ids [B, L] -> [B, count], NaN in a row of another form."""
     first, (open_, close) = tokenizer.id_of("0"), (tokenizer.id_of(m) for m in marks)
@@ -136,6 +175,12 @@ def read_numbers(answers: Tensor, tokenizer: WordTokenizer, count: int, marks: s
     return torch.where(good[:, None], from_grid(values), torch.nan)
 
 
+def _check_table(table: Table) -> None:
+    if not table:
+        raise ValueError("the table has 0 rows, expected at least 1")
+
+
+@checks(_check_table)
 def format_table(table: Table) -> str:
     """The table as aligned text, a row a measure."""
     columns = list(dict.fromkeys(c for row in table.values() for c in row))

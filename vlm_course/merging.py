@@ -10,10 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlm_course.validation import checks, require_shape
+from vlm_course.validation import checks, counts, method_checks, readable, require_same_device, require_shape
 from vlm_course.vit import VisionTransformer
 
 
+def _check_then(self: "Matching", later: "Matching") -> None:
+    if later.assignment.shape[1] != self.tokens:
+        raise ValueError(
+            f"the later matching is of {later.assignment.shape[1]} tokens, but this one leaves {self.tokens}"
+        )
+    require_same_device(earlier=self.assignment, later=later.assignment)
+
+
+@method_checks(then=_check_then)
+@counts(tokens=1)
 @dataclass(frozen=True)
 class Matching:
     """Which tokens become one. `assignment` [B, N]: the place, 0 .. tokens - 1, that every token goes to."""
@@ -23,25 +33,21 @@ class Matching:
 
     def then(self, later: "Matching") -> "Matching":
         """This matching followed by one of its results: where the first tokens are after both."""
-        if later.assignment.shape[1] != self.tokens:
-            raise ValueError(
-                f"the later matching is of {later.assignment.shape[1]} tokens, but this one leaves {self.tokens}"
-            )
         return Matching(later.assignment.gather(1, self.assignment), later.tokens)
 
 
 def _matching_rule(metric: Tensor, r: int, *, protected: int = 1) -> None:
     require_shape(metric, "metric", "B N D", hint="average the keys over the heads first")
-    if metric.shape[0] < 1 or metric.shape[2] < 1:
-        raise ValueError(f"metric has shape {tuple(metric.shape)}, expected at least one row and one number a token")
-    if r < 0:
-        raise ValueError(f"r is {r}, expected the number of tokens to remove, 0 or more")
-    if not 0 <= protected <= metric.shape[1]:
+    if protected > metric.shape[1]:
         raise ValueError(f"protected is {protected}, but there are {metric.shape[1]} tokens")
-    if not metric.isfinite().all():
-        raise ValueError("metric holds NaN or infinite numbers: their similarity has no order")
+    if readable(metric) and not metric.isfinite().all():
+        bad = int((~metric.isfinite()).sum())
+        raise ValueError(
+            f"{bad} of {metric.numel()} numbers of metric are NaN or infinite: their similarity has no order"
+        )
 
 
+@counts(r=0, protected=0)
 @checks(_matching_rule)
 def bipartite_soft_matching(metric: Tensor, r: int, *, protected: int = 1) -> Matching:
     """Find r tokens to merge into others.
@@ -71,21 +77,15 @@ def bipartite_soft_matching(metric: Tensor, r: int, *, protected: int = 1) -> Ma
     return Matching(place.gather(1, target), N - r)
 
 
-def _same_device(first: Tensor, second: Tensor, names: str) -> None:
-    if first.device != second.device:
-        raise ValueError(f"{names} lie on {first.device} and {second.device}, expected one device")
-
-
 def _require_sizes(sizes: Tensor, batch: int, tokens: int) -> None:
     require_shape(sizes, "sizes", "B N", floating=None, B=batch, N=tokens, hint="one size for every token")
-    if sizes.numel() == 0 or not bool((sizes > 0).all()):
+    if readable(sizes) and not bool((sizes > 0).all()):
         raise ValueError(f"sizes of shape {tuple(sizes.shape)} hold a number that is not above 0: sizes count patches")
 
 
 def _merge_rule(x: Tensor, sizes: Tensor, matching: Matching) -> None:
     require_shape(x, "x", "B N D")
-    _same_device(x, sizes, "x and sizes")
-    _same_device(x, matching.assignment, "x and the matching")
+    require_same_device(x=x, sizes=sizes, **{"the matching": matching.assignment})
     _require_sizes(sizes, *x.shape[:2])
     if matching.assignment.shape != x.shape[:2]:
         raise ValueError(
@@ -111,7 +111,7 @@ def merge_tokens(x: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, 
 
 def _unmerge_rule(x: Tensor, matching: Matching) -> None:
     require_shape(x, "x", "B M D", B=matching.assignment.shape[0], M=matching.tokens, hint="what the matching leaves")
-    _same_device(x, matching.assignment, "x and the matching")
+    require_same_device(x=x, **{"the matching": matching.assignment})
 
 
 @checks(_unmerge_rule)
@@ -124,8 +124,8 @@ def _proportional_rule(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> None:
     require_shape(q, "q", "B H T d")
     B, H, _, d = q.shape
     require_shape(k, "k", "B H S d", B=B, H=H, d=d)
-    require_shape(v, "v", "B H S d", B=B, H=H, S=k.shape[2], hint="one value for every key")
-    _same_device(q, sizes, "q and sizes")
+    require_shape(v, "v", "B H S e", B=B, H=H, S=k.shape[2], hint="one value for every key")
+    require_same_device(q=q, k=k, v=v, sizes=sizes)
     _require_sizes(sizes, B, k.shape[2])
 
 
@@ -140,20 +140,23 @@ def proportional_attention(q: Tensor, k: Tensor, v: Tensor, sizes: Tensor) -> Te
     return scores.softmax(dim=-1) @ v  # [B, H, T, S] -> [B, H, T, d]
 
 
+def _check_counts(tokens: int, r: int, layers: int, *, protected: int = 1) -> None:
+    if protected > tokens:
+        raise ValueError(f"protected is {protected}, but tokens is {tokens}: no more can be protected than there are")
+
+
+@counts(tokens=1, r=0, layers=1, protected=0)
+@checks(_check_counts)
 def token_counts(tokens: int, r: int, layers: int, *, protected: int = 1) -> list[int]:
     """Tokens after each of `layers` blocks that remove r each, or half of what is left when that is fewer."""
-    if tokens < 1 or r < 0 or layers < 1 or not 0 <= protected <= tokens:
-        raise ValueError(
-            f"tokens is {tokens}, r is {r}, layers is {layers}, protected is {protected}: expected at least 1, 0, 1, "
-            "and no more protected tokens than tokens"
-        )
-    counts = []
+    after = []
     for _ in range(layers):
         tokens -= min(r, (tokens - protected) // 2)
-        counts.append(tokens)
-    return counts
+        after.append(tokens)
+    return after
 
 
+@counts(r=0)
 def merged_forward(tower: VisionTransformer, pixels: Tensor, r: int) -> tuple[Tensor, Tensor, Matching]:
     """A trained tower with ToMe in every block, between attention and MLP; nothing is trained again.
 
@@ -161,8 +164,6 @@ def merged_forward(tower: VisionTransformer, pixels: Tensor, r: int) -> tuple[Te
     post-normed, as the tower's own forward), their sizes [B, M], and the matching of all layers together [B, 1+N].
     With r = 0 this is the tower's forward.
     """
-    if r < 0:
-        raise ValueError(f"r is {r}, expected the number of tokens to remove in each block, 0 or more")
     x = tower.embed(pixels)  # [B, C, H, W] -> [B, 1+N, D]
     B, N, D = x.shape
     sizes = x.new_ones(B, N)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from vlm_course.attention import block_mask
 from vlm_course.decoder import DecoderBlock, DecoderConfig, RMSNorm
 from vlm_course.patches import patchify
-from vlm_course.validation import checks, require_divisible, require_shape
+from vlm_course.validation import (
+    checks,
+    counts,
+    readable,
+    require_divisible,
+    require_number,
+    require_same_device,
+    require_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,25 @@ class PackedImages:
         return float((self.documents >= 0).float().mean())
 
 
+def _check_lengths(lengths: Sequence[int], capacity: int) -> None:
+    if len(lengths) == 0:
+        raise ValueError("there are 0 lengths to pack, expected at least 1")
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise ValueError(f"sequence {index} has {length} tokens, but a row has room for 1 to {capacity}")
+
+
+@counts(capacity=1)
+@checks(_check_lengths)
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put each sequence, in the order given, into the first row that still has room for it; open a row if none has.
 
     Args: lengths in tokens; capacity of a row. Returns the rows as lists of indices; at most one row is half
     empty. Raises ValueError when one sequence is longer than a row. Source: NaViT, appendix A.3.
     """
-    if len(lengths) == 0:
-        raise ValueError("there are 0 lengths to pack, expected at least 1")
     rows: list[list[int]] = []
     room: list[int] = []
     for index, length in enumerate(lengths):
-        if not 1 <= length <= capacity:
-            raise ValueError(f"sequence {index} has {length} tokens, but a row has room for 1 to {capacity}")
         row = next((row for row, free in enumerate(room) if free >= length), None)
         if row is None:
             row = len(rows)
@@ -64,10 +78,9 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+@counts(rows=1, columns=1)
 def grid_positions(rows: int, columns: int, *, device: torch.device | str | None = None) -> Tensor:
     """(row, column) of every patch of a grid, read row by row: [rows * columns, 2]."""
-    if rows < 1 or columns < 1:
-        raise ValueError(f"the grid has {rows} rows and {columns} columns, expected at least 1 of each")
     row, column = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
     )  # 2 x [rows, columns]
@@ -91,6 +104,7 @@ def _pack_rule(images: Sequence[Tensor], patch_size: int, *, capacity=None, rows
         raise ValueError(f"rows is {rows}, expected each of the numbers 0 to {len(images) - 1} once")
 
 
+@counts(patch_size=1, capacity=1)
 @checks(_pack_rule)
 def pack_images(
     images: Sequence[Tensor],
@@ -145,10 +159,10 @@ def unpack_images(features: Tensor, packed: PackedImages) -> list[Tensor]:
 def _axial_rule(positions: Tensor, head_dim: int, theta: float = 10000.0) -> None:
     require_shape(positions, "positions", "B L 2", floating=False, **{"2": 2}, hint="(row, column) of every patch")
     require_divisible(head_dim, 4, "head_dim", "4", hint="pairs for rows and as many for columns")
-    if head_dim < 4 or theta <= 0:
-        raise ValueError(f"head_dim is {head_dim} and theta is {theta}, expected at least 4 and more than 0")
+    require_number(theta, "theta", above=0)
 
 
+@counts(head_dim=1)
 @checks(_axial_rule)
 def axial_phases(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Rotary angles in two dimensions, for `decoder.apply_rotary`: half of the pairs turn with the row, half with the
@@ -186,6 +200,20 @@ def stretched_positions(table: Tensor, packed: PackedImages) -> Tensor:
     return stretched
 
 
+def _check_places(self: "FactorisedPositions", positions: Tensor) -> None:
+    require_shape(positions, "positions", "B L 2", floating=False, **{"2": 2}, hint="(row, column) of every patch")
+    require_same_device(positions=positions, **{"the tables": self.rows})
+    if not readable(positions):
+        return
+    for axis, table in enumerate((self.rows, self.columns)):
+        low, high = (int(end) for end in positions[..., axis].aminmax())
+        if low < 0 or high >= len(table):
+            name = ("rows", "columns")[axis]
+            raise ValueError(f"positions run over {name} {low} to {high}, but the table has {len(table)} {name}")
+
+
+@counts(max_rows=1, max_columns=1, width=1)
+@checks(_check_places)
 class FactorisedPositions(nn.Module):
     """NaViT's learned positions: one table for rows plus one for columns, so a new aspect ratio needs no new row.
 
@@ -198,15 +226,10 @@ class FactorisedPositions(nn.Module):
         self.columns = nn.Parameter(torch.randn(max_columns, width) * 0.02)
 
     def forward(self, positions: Tensor) -> Tensor:
-        require_shape(positions, "positions", "B L 2", floating=False, **{"2": 2}, hint="(row, column) of every patch")
-        for axis, table in enumerate((self.rows, self.columns)):
-            low, high = (int(end) for end in positions[..., axis].aminmax())
-            if low < 0 or high >= len(table):
-                name = ("rows", "columns")[axis]
-                raise ValueError(f"positions run over {name} {low} to {high}, the table has {len(table)} {name}")
         return self.rows[positions[..., 0]] + self.columns[positions[..., 1]]  # [B, L, 2] -> [B, L, D]
 
 
+@counts(patch_size=1, width=1, layers=1, heads=1, mlp_width=1, channels=1)
 @dataclass(frozen=True)
 class PackedViTConfig:
     """Shape of a vision tower without a fixed image size."""
@@ -222,8 +245,22 @@ class PackedViTConfig:
 
     def __post_init__(self) -> None:
         require_divisible(self.width, 4 * self.heads, "width", "4 * heads", hint="rows and columns share a head")
+        require_number(self.rope_theta, "rope_theta", above=0)
+        require_number(self.norm_eps, "norm_eps", low=0)
 
 
+def _check_packed(self: "PackedVisionTransformer", packed: PackedImages) -> None:
+    length = self.embedding.in_features
+    require_shape(packed.patches, "patches", "B L C*p*p", **{"C*p*p": length}, hint="another patch size?")
+    require_same_device(patches=packed.patches, **{"the tower": self.norm.weight})
+
+
+def _check_packed_config(self, config: PackedViTConfig) -> None:
+    if not isinstance(config, PackedViTConfig):
+        raise ValueError(f"config is a {type(config).__name__}, expected a PackedViTConfig")
+
+
+@checks(_check_packed, init=_check_packed_config)
 class PackedVisionTransformer(nn.Module):
     """Pixtral's tower: the decoder's own block, with axial phases for its positions and a block mask for its causal
     one. forward: PackedImages -> [B, L, D], for `unpack_images`; what stands at padding means nothing.
@@ -247,8 +284,6 @@ class PackedVisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(block) for _ in range(config.layers))
 
     def forward(self, packed: PackedImages) -> Tensor:
-        length = self.embedding.in_features
-        require_shape(packed.patches, "patches", "B L C*p*p", **{"C*p*p": length}, hint="another patch size?")
         phases = axial_phases(packed.positions, self.head_dim, self.config.rope_theta)
         mask = packed.mask  # [B, 1, L, L]
         x = self.norm(self.embedding(packed.patches))  # [B, L, C*p*p] -> [B, L, D]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_course.attention import attention_weights
 from vlm_course.decoder import Decoder, DecoderBlock, KVCache, apply_rotary, rotary_phases
-from vlm_course.validation import checks, require_shape
+from vlm_course.validation import checks, counts, require_number, require_same_device, require_shape
 
 
 def _check_scores(weights: Tensor) -> None:
@@ -41,8 +41,7 @@ def _check_mask(is_image: Tensor, sizes: dict[str, int], device: torch.device) -
 
 
 def _check_ratio(ratio: float) -> None:
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio is {ratio}, expected 0 (drop nothing) to 1 (drop every image token)")
+    require_number(ratio, "ratio", 0, 1)  # nothing is dropped at 0, every image token at 1
 
 
 def _check_kept(scores: Tensor, is_image: Tensor, ratio: float) -> None:
@@ -114,10 +113,12 @@ def _check_prefill(
         raise ValueError(f"there are {embeds.shape[1]} tokens, expected 1 to max_positions = {limit}")
     if not 1 <= layer <= len(decoder.blocks):
         raise ValueError(f"layer is {layer}, expected 1 to {len(decoder.blocks)}: that many layers see every token")
+    require_same_device(embeds=embeds, **{"the decoder": decoder.norm.weight})
     if cache is not None and cache.length:
         raise ValueError(f"the cache holds {cache.length} tokens, expected 0: pruning happens once, with the prompt")
 
 
+@counts(layer=1)
 @checks(_check_prefill)
 def prefill_pruned(
     decoder: Decoder, embeds: Tensor, is_image: Tensor, *, layer: int, ratio: float, cache: KVCache | None = None
@@ -146,14 +147,13 @@ def _check_flops(
     *, tokens: int, images: int, ratio: float, layer: int, layers: int, width: int, mlp_width: int
 ) -> None:
     _check_ratio(ratio)
-    if not 0 <= images <= tokens or tokens < 1:
-        raise ValueError(f"images is {images} and tokens is {tokens}, expected 0 <= images <= tokens and 1 <= tokens")
-    if not 0 <= layer <= layers or layers < 1:
-        raise ValueError(f"layer is {layer} and layers is {layers}, expected 0 <= layer <= layers and 1 <= layers")
-    if min(width, mlp_width) < 1:
-        raise ValueError(f"width is {width} and mlp_width is {mlp_width}, expected at least 1 each")
+    if images > tokens:
+        raise ValueError(f"images is {images}, but there are {tokens} tokens with them")
+    if layer > layers:
+        raise ValueError(f"layer is {layer}, but there are {layers} layers")
 
 
+@counts(tokens=1, images=0, layer=0, layers=1, width=1, mlp_width=1)
 @checks(_check_flops)
 def flops_kept(*, tokens: int, images: int, ratio: float, layer: int, layers: int, width: int, mlp_width: int) -> float:
     """Share of a prefill's multiplications that is left after pruning, from 0 to 1.

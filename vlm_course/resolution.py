@@ -192,7 +192,9 @@ def stitch_tiles(tiles: Tensor, grid: Size) -> Tensor:
 
 
 def _check_newlines(features: Tensor, newline: Tensor) -> None:
-    require_shape(features, "features", "rows cols D", floating=None, empty=True)  # unpadding may leave no row
+    require_shape(features, "features", "rows cols D", floating=None, empty=True)
+    if features.shape[2] == 0:  # unpadding may leave no row, or no column, of a thin picture
+        raise ValueError(f"features has D = 0 in its shape {list(features.shape)}, expected at least 1")
     _require_newline(features, newline)
 
 

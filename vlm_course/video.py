@@ -12,23 +12,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_course.bridges import PerceiverResampler
-from vlm_course.validation import checks, require_divisible, require_shape
+from vlm_course.validation import (
+    checks,
+    counts,
+    require_divisible,
+    require_grid,
+    require_number,
+    require_one_of,
+    require_same_device,
+    require_shape,
+    takes,
+)
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
+def _check_sample(total: int, frames: int) -> None:
+    if frames > total:
+        raise ValueError(f"{frames} frames of a video of {total}: expected no more than it has")
+
+
+@counts(total=1, frames=1)
+@checks(_check_sample)
 def sample_frames(total: int, frames: int) -> Tensor:
     """`frames` indices spread evenly over a video of `total` frames, the first and the last included: [frames].
 
     A single frame is the first. Raises ValueError when more frames are asked for than there are.
     """
-    if not 1 <= frames <= total:
-        raise ValueError(f"{frames} frames of a video of {total}: expected at least 1 and no more than it has")
     if frames == 1:
         return torch.zeros(1, dtype=torch.long)
     return torch.arange(frames) * (total - 1) // (frames - 1)
 
 
+def _check_rate(
+    total: int, video_fps: float, fps: float, *, min_frames: int = 4, max_frames: int = 768, multiple: int = 2
+) -> None:
+    require_number(video_fps, "video_fps", above=0)
+    require_number(fps, "fps", above=0)
+    if multiple > max_frames or min_frames > max_frames:
+        raise ValueError(f"min_frames {min_frames} and multiple {multiple}, expected 1 to max_frames = {max_frames}")
+    if min(total, max(total / video_fps * fps, min_frames)) < multiple:
+        raise ValueError(f"the video has {total} frames, but {multiple} of those taken are embedded together")
+
+
+@counts(total=1, min_frames=1, max_frames=1, multiple=1)
+@checks(_check_rate)
 def sample_by_rate(
     total: int, video_fps: float, fps: float, *, min_frames: int = 4, max_frames: int = 768, multiple: int = 2
 ) -> Tensor:
@@ -38,24 +66,17 @@ def sample_by_rate(
     are embedded together); the frames start equally long pieces of the video. Raises ValueError when fewer than
     `multiple` frames are left.
     """
-    if total < 1 or not video_fps > 0 or not fps > 0:
-        raise ValueError(f"{total} frames at {video_fps} a second, sampled at {fps}: expected positive numbers")
-    if not 1 <= multiple <= max_frames or not 1 <= min_frames <= max_frames:
-        raise ValueError(f"min_frames {min_frames} and multiple {multiple}, expected 1 to max_frames = {max_frames}")
     wanted = min(max(total / video_fps * fps, min_frames), max_frames // multiple * multiple, total)
     frames = int(wanted // multiple) * multiple
-    if frames == 0:
-        raise ValueError(f"a video of {total} frames has fewer than the {multiple} frames that are embedded together")
     return torch.arange(frames) * total // frames
 
 
 def _pair_rule(frames: Tensor, size: int = 2) -> None:
     if frames.dim() < 2 or frames.numel() == 0:
-        raise ValueError(f"frames has shape {tuple(frames.shape)}, expected [F, ...] with at least one frame")
-    if size < 1:
-        raise ValueError(f"size is {size}, expected the number of frames that go together, 1 or more")
+        raise ValueError(f"frames has shape {tuple(frames.shape)}, expected [F, ...] with no empty axis")
 
 
+@counts(size=1)
 @checks(_pair_rule)
 def group_frames(frames: Tensor, size: int = 2) -> Tensor:
     """Consecutive frames in groups; the last frame is repeated when the count is no multiple, so none is lost.
@@ -67,15 +88,24 @@ def group_frames(frames: Tensor, size: int = 2) -> Tensor:
     return frames.unflatten(0, (-1, size))
 
 
+@counts(size=1)
+@checks(lambda features, size=2: require_shape(features, "features", "F N D"))
 def merge_frames(features: Tensor, size: int = 2) -> Tensor:
     """Average the features of consecutive frames, patch by patch: [F, N, D] -> [ceil(F / size), N, D].
 
     An incomplete last group is filled up with its last frame, as in `group_frames`.
     """
-    require_shape(features, "features", "F N D")
     return group_frames(features, size).mean(dim=1)  # [F, N, D] -> [F / size, size, N, D] -> [F / size, N, D]
 
 
+def _check_clip(self: "TubeletEmbedding", frames: Tensor) -> None:
+    require_divisible(frames.shape[2], self.patch_size, "the frames' height", "patch_size")
+    require_divisible(frames.shape[3], self.patch_size, "the frames' width", "patch_size")
+
+
+@counts(channels=1, patch_size=1, width=1, size=1)
+@checks(takes("F C H W", lambda self: self.weight, width=lambda self: self.weight.shape[1], at=1, name="frames"))
+@checks(_check_clip)
 class TubeletEmbedding(nn.Module):
     """Patches that reach through `size` frames: what a 3-D convolution with stride = kernel computes.
 
@@ -90,9 +120,6 @@ class TubeletEmbedding(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         p = self.patch_size
-        require_shape(frames, "frames", "F C H W", C=self.weight.shape[1])
-        require_divisible(frames.shape[2], p, "the frames' height", "patch_size")
-        require_divisible(frames.shape[3], p, "the frames' width", "patch_size")
         x = group_frames(frames, self.size)  # [F, C, H, W] -> [G, size, C, H, W]
         x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # -> [G, size, C, rows, p, cols, p]
         x = x.permute(0, 3, 5, 2, 1, 4, 6).flatten(3).flatten(1, 2)  # -> [G, rows * cols, C * size * p * p]
@@ -100,16 +127,15 @@ class TubeletEmbedding(nn.Module):
 
 
 def _pool_rule(features: Tensor, grid: tuple[int, int], *, stride: int = 2, mode: str = "bilinear") -> None:
+    require_grid(grid, "grid")
     rows, columns = grid
     require_shape(features, "features", "F N D", N=rows * columns, hint=f"the grid is {rows} x {columns}, without CLS")
-    if features.numel() == 0:
-        raise ValueError(f"features has shape {tuple(features.shape)}, expected at least one frame")
-    if stride < 1 or stride > min(grid):
+    if stride > min(grid):
         raise ValueError(f"stride is {stride}, expected 1 to {min(grid)}, the shorter side of the grid")
-    if mode not in ("average", "max", "bilinear"):
-        raise ValueError(f"mode is {mode!r}, expected 'average', 'max' or 'bilinear'")
+    require_one_of(mode, "mode", ("average", "max", "bilinear"))
 
 
+@counts(stride=1)
 @checks(_pool_rule)
 def pool_frames(features: Tensor, grid: tuple[int, int], *, stride: int = 2, mode: str = "bilinear") -> Tensor:
     """Fewer tokens for each frame: features [F, rows * columns, D] -> [F, rows' * columns', D].
@@ -126,14 +152,22 @@ def pool_frames(features: Tensor, grid: tuple[int, int], *, stride: int = 2, mod
     return x.flatten(2).transpose(1, 2)  # [F, D, rows', columns'] -> [F, rows' * columns', D]
 
 
+@counts(frames=1, temporal=1, spatial=1)
+@checks(lambda frames, grid, **rest: require_grid(grid, "grid"))
 def video_tokens(frames: int, grid: tuple[int, int], *, temporal: int = 1, spatial: int = 1) -> int:
     """Visual tokens of a video: groups of `temporal` frames times blocks of `spatial` x `spatial` patches, both
     counts rounded up."""
-    if min(frames, *grid, temporal, spatial) < 1:
-        raise ValueError(f"frames {frames}, grid {grid}, temporal {temporal}, spatial {spatial}: expected 1 or more")
     return -(-frames // temporal) * -(-grid[0] // spatial) * -(-grid[1] // spatial)
 
 
+def _check_frames(self: "TemporalPerceiver", features: Tensor) -> None:
+    if features.shape[1] > len(self.times):
+        raise ValueError(f"the clip has {features.shape[1]} frames, but there are times for {len(self.times)}")
+
+
+@counts(dim=1, queries=1, max_frames=1, depth=1, heads=1, head_dim=1)
+@checks(takes("B F N D", lambda self: self.times, name="features"))
+@checks(_check_frames)
 class TemporalPerceiver(nn.Module):
     """A whole clip as `queries` tokens: every frame's features get a learned time, then one resampler reads all.
 
@@ -146,11 +180,7 @@ class TemporalPerceiver(nn.Module):
         self.resampler = PerceiverResampler(dim=dim, queries=queries, depth=depth, heads=heads, head_dim=head_dim)
 
     def forward(self, features: Tensor) -> Tensor:
-        require_shape(features, "features", "B F N D", D=self.times.shape[1])
         frames = features.shape[1]
-        if features.numel() == 0 or frames > len(self.times):
-            raise ValueError(f"features of {tuple(features.shape)} hold {frames} frames, expected 1 to "
-                             f"{len(self.times)}, each with patches")  # fmt: skip
         timed = features + self.times[:frames, None]  # [B, F, N, D] + [F, 1, D]
         return self.resampler(timed.flatten(1, 2))  # [B, F * N, D] -> [B, queries, D]
 
@@ -165,22 +195,24 @@ def _mrope_rule(
     after: str = "maximum",
 ) -> None:
     require_shape(types, "types", "B T", floating=False)
-    if types.numel() == 0 or types.min() < TEXT or types.max() > VIDEO:
-        raise ValueError(f"types of shape {tuple(types.shape)} must hold only {TEXT} (text), {IMAGE} (image) and "
-                         f"{VIDEO} (video), at least one of them")  # fmt: skip
+    if attention_mask is not None:
+        if attention_mask.shape != types.shape:
+            have = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask is {have}, types {tuple(types.shape)}: expected the same shape")
+        require_same_device(types=types, attention_mask=attention_mask)
+    if types.is_meta:
+        raise ValueError("types is on meta, expected a device with numbers, such as cpu: positions follow from them")
+    low, high = (int(end) for end in types.aminmax())
+    if low < TEXT or high > VIDEO:
+        raise ValueError(f"types run from {low} to {high}, expected {TEXT} (text), {IMAGE} (image) and {VIDEO} (video)")
     for grid in (*images, *videos):
         if len(grid) != 3 or min(grid) < 1:
             raise ValueError(f"a grid is {tuple(grid)}, expected (frames, rows, columns), 1 or more of each")
         for side, name in zip(grid[1:], ("rows", "columns"), strict=True):
             require_divisible(side, merge, f"the {name} of grid {tuple(grid)}", "merge")
-    if attention_mask is not None:
-        if attention_mask.shape != types.shape or attention_mask.device != types.device:
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)} on {attention_mask.device}, types "
-                             f"{tuple(types.shape)} on {types.device}: expected the same")  # fmt: skip
-        if not attention_mask.bool().any(dim=1).all():
-            raise ValueError("attention_mask has a row with 0 real tokens, expected at least 1 in each")
-    if after not in ("maximum", "extent"):
-        raise ValueError(f"after is {after!r}, expected 'maximum' or 'extent'")
+    if attention_mask is not None and not attention_mask.bool().any(dim=1).all():
+        raise ValueError("attention_mask has a row with 0 real tokens, expected at least 1 in each")
+    require_one_of(after, "after", ("maximum", "extent"))
     kept = types if attention_mask is None else types[attention_mask.bool()]
     for kind, grids, name in ((IMAGE, images, "image"), (VIDEO, videos, "video")):
         tokens, need = int((kept == kind).sum()), sum(t * h * w for t, h, w in grids) // merge**2
@@ -194,6 +226,7 @@ def _grid_ids(grid: tuple[int, int, int], merge: int, start: int) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # [3, F, rows, columns] -> [3, M]
 
 
+@counts(merge=1)
 @checks(_mrope_rule)
 def mrope_positions(
     types: Tensor,
@@ -246,13 +279,13 @@ def mrope_positions(
 
 def _phases_rule(positions: Tensor, head_dim: int, sections: Sequence[int], theta: float = 10000.0) -> None:
     require_shape(positions, "positions", "3 B T", floating=False, **{"3": 3}, hint="frame, row and column")
+    require_number(theta, "theta", above=0)
     if len(sections) != 3 or min(sections) < 0 or 2 * sum(sections) != head_dim:
         raise ValueError(f"sections is {tuple(sections)}, sum {sum(sections)}, expected three that sum to half of "
                          f"head_dim = {head_dim}")  # fmt: skip
-    if theta <= 0:
-        raise ValueError(f"theta is {theta}, expected more than 0")
 
 
+@counts(head_dim=2)
 @checks(_phases_rule)
 def mrope_phases(
     positions: Tensor, head_dim: int, sections: Sequence[int], theta: float = 10000.0

@@ -262,7 +262,7 @@ BAD = {
     "no tower": (lambda: prefill_flops(TINY, 5, images=1), "1 images.*DecoderConfig"),
     "images": (lambda: prefill_flops(SMALL, 5, images=-1), "images is -1"),
     "no efficiency": (lambda: prefill_seconds(TINY, "T4", 5, efficiency=0), "efficiency is 0"),
-    "efficiency": (lambda: decode_seconds(TINY, "T4", 5, 1, efficiency=1.2), "efficiency is 1.2.*at most 1"),
+    "efficiency": (lambda: decode_seconds(TINY, "T4", 5, 1, efficiency=1.2), "efficiency is 1.2.*to 1"),
     "new": (lambda: decode_seconds(TINY, "T4", 5, -1), "new_tokens is -1"),
     "budget": (lambda: budget(TINY, "T4", text_tokens=-1, new_tokens=1), "text_tokens is -1"),
     "images of text": (lambda: budget(TINY, "T4", text_tokens=1, new_tokens=1, images=1), "no vision tower"),

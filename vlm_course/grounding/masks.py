@@ -9,11 +9,32 @@ from torch import Tensor, nn
 
 from vlm_course.bridges import LayerNorm2d
 from vlm_course.grounding.metrics import _require_masks
-from vlm_course.validation import checks, require_shape
+from vlm_course.validation import (
+    checks,
+    counts,
+    readable,
+    require_grid,
+    require_number,
+    require_same_device,
+    require_shape,
+)
 
 Ring = Sequence[Sequence[float]]
 
 
+def _check_rings(rings: Sequence[Ring], size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size is {tuple(size)}, expected two numbers, (height, width), at least 1 pixel of each")
+    if not len(rings):
+        raise ValueError("there are 0 rings, expected at least 1")
+    for ring in rings:
+        corners = torch.as_tensor(ring, dtype=torch.float64)
+        require_shape(corners, "a ring", "corners xy", xy=2)
+        if len(corners) < 3 or not corners.isfinite().all():
+            raise ValueError(f"a ring has {len(corners)} corners {corners.tolist()}, expected at least 3 finite ones")
+
+
+@checks(_check_rings)
 def polygons_to_mask(rings: Sequence[Ring], size: tuple[int, int]) -> Tensor:
     """Fill polygons by the even-odd rule -> bool [height, width].
 
@@ -28,17 +49,10 @@ def polygons_to_mask(rings: Sequence[Ring], size: tuple[int, int]) -> Tensor:
         ValueError: no ring, a ring of fewer than three corners, NaN, a size that is not positive.
     """
     height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"size is {tuple(size)}, expected at least 1 pixel of height and of width")
-    if not len(rings):
-        raise ValueError("there are 0 rings, expected at least 1")
     rows, columns = torch.arange(height).double() + 0.5, torch.arange(width).double() + 0.5  # [H], [W]
     inside = torch.zeros(height, width, dtype=torch.bool)
     for ring in rings:
         corners = torch.as_tensor(ring, dtype=torch.float64)
-        require_shape(corners, "a ring", "corners xy", xy=2)
-        if len(corners) < 3 or not corners.isfinite().all():
-            raise ValueError(f"a ring has {len(corners)} corners {corners.tolist()}, expected at least 3 finite ones")
         for (x1, y1), (x2, y2) in zip(corners.tolist(), corners.roll(-1, 0).tolist(), strict=True):
             crossed = (rows > y1) != (rows > y2)  # [H]; a horizontal edge is crossed by no ray
             if y1 != y2:
@@ -47,14 +61,18 @@ def polygons_to_mask(rings: Sequence[Ring], size: tuple[int, int]) -> Tensor:
     return inside
 
 
+def _check_mask(mask: Tensor) -> None:
+    require_shape(mask, "mask", "H W", floating=None)
+    _require_masks(mask[None], "mask")
+
+
+@checks(_check_mask)
 def mask_to_polygons(mask: Tensor) -> list[list[tuple[int, int]]]:
     """The rings of (x, y) pixel corners around a mask, bool [H, W]; an empty mask has none.
 
     Outer borders run clockwise on the screen, holes the other way round. `polygons_to_mask` gives the very mask back.
     Pixels that touch at a corner only belong to different rings.
     """
-    require_shape(mask, "mask", "H W", floating=None)
-    _require_masks(mask[None], "mask")
     height, width = mask.shape
     filled = F.pad(mask.to("cpu"), (1, 1, 1, 1)).tolist()
     edges: dict[tuple[int, int], list[tuple[int, int]]] = {}  # corner -> where the border goes on, mask on its right
@@ -97,14 +115,18 @@ def _without_straight(ring: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [b for (a, b), (_, c) in turns if (a[0] == b[0]) != (b[0] == c[0])]
 
 
+def _check_boxed(masks: Tensor) -> None:
+    _require_masks(masks, "masks")
+    if readable(masks) and (empty := int((~masks.flatten(1).any(1)).sum())):
+        raise ValueError(f"{empty} of {len(masks)} masks are empty, expected in each at least 1 pixel")
+
+
+@checks(_check_boxed)
 def masks_to_boxes(masks: Tensor) -> Tensor:
     """The tightest xyxy box around every mask, far edges included: bool [N, H, W] -> [N, 4] float.
 
     A mask of one pixel gets a box of area 1. Raises ValueError for an empty mask, which has no box.
     """
-    _require_masks(masks, "masks")
-    if (empty := (~masks.flatten(1).any(1)).sum().item()) or not len(masks):
-        raise ValueError(f"{empty} of {len(masks)} masks are empty, expected at least one mask and in each a pixel")
     ends = []
     for line in (masks.any(1), masks.any(2)):  # columns [N, W], rows [N, H]
         first = line.float().argmax(1)
@@ -118,9 +140,15 @@ def _decoder_rule(self: "MaskDecoder", features: Tensor, queries: Tensor) -> Non
     hint = f"the decoder was built for {rows} x {columns} patches: was CLS left in?"
     require_shape(features, "features", "B N D", N=rows * columns, D=self.dim, hint=hint)
     require_shape(queries, "queries", "B Q D", B=len(features), D=self.query[0].in_features)
+    require_same_device(features=features, queries=queries, **{"the decoder": self.query[0].weight})
 
 
-@checks(_decoder_rule)
+def _check_decoder(self, *, grid: tuple[int, int], **rest: object) -> None:
+    require_grid(grid, "grid")
+
+
+@counts(dim=1, query_dim=1, hidden=1)
+@checks(_decoder_rule, init=_check_decoder)
 class MaskDecoder(nn.Module):
     """One mask for every query: the dot product of the query with each place of an upsampled feature map.
 
@@ -154,17 +182,22 @@ class MaskDecoder(nn.Module):
         return torch.einsum("bqc,bchw->bqhw", self.query(queries), x)  # [B, Q, C] -> [B, Q, 4 rows, 4 columns]
 
 
+def _check_loss(logits: Tensor, masks: Tensor, *, bce_weight: float = 2.0, dice_weight: float = 0.5) -> None:
+    require_shape(logits, "logits", "B Q H W")
+    if logits.shape != masks.shape or masks.dtype != torch.bool:
+        raise ValueError(f"masks are {masks.dtype} {list(masks.shape)}, expected bool {list(logits.shape)}")
+    require_same_device(logits=logits, masks=masks)
+    require_number(bce_weight, "bce_weight", low=0)
+    require_number(dice_weight, "dice_weight", low=0)
+
+
+@checks(_check_loss)
 def mask_loss(logits: Tensor, masks: Tensor, *, bce_weight: float = 2.0, dice_weight: float = 0.5) -> Tensor:
     """Cross-entropy of every pixel plus 1 - Dice of every mask: [B, Q, H, W] logits and bool masks -> a number.
 
     Cross-entropy alone lets a small object drown in background; Dice weighs a mask by its own area. Weights: LISA's.
     Source: Milletari et al. 2016 (V-Net, arXiv 1606.04797), section 3, Dice; Lai et al. 2023, section 3.2.
     """
-    require_shape(logits, "logits", "B Q H W")
-    if logits.shape != masks.shape or masks.dtype != torch.bool:
-        raise ValueError(f"masks are {masks.dtype} {list(masks.shape)}, expected bool {list(logits.shape)}")
-    if not logits.numel():
-        raise ValueError(f"logits have shape {list(logits.shape)}, expected at least one pixel")
     target = masks.to(logits)
     bce = F.binary_cross_entropy_with_logits(logits, target)
     share = logits.sigmoid()

@@ -63,15 +63,22 @@ def _sides(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)  # [..., 4] -> [..., 2], width and height
 
 
+def _check_corners(a: Tensor, b: Tensor) -> None:
+    if a.shape[-1:] != (4,) or b.shape[-1:] != (4,):
+        raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}, expected [..., 4] each: x1, y1, x2, y2")
+    for one, other in zip(reversed(a.shape), reversed(b.shape), strict=False):
+        if one != other and 1 not in (one, other):
+            raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}, expected shapes that broadcast")
+    require_same_device(a=a, b=b)
+
+
+@checks(_check_corners)
 def intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Areas that two boxes share and that they cover together, xyxy: [..., 4] and [..., 4] broadcast -> 2 x [...].
 
     Neither looks at its numbers nor waits for the device: a box with the second corner before the first has area 0,
     NaN stays NaN. `box_iou` compares all with all, `vlm_course.measures.box_iou` row by row; both are this.
     """
-    if a.shape[-1:] != (4,) or b.shape[-1:] != (4,):
-        raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}, expected [..., 4] each: x1, y1, x2, y2")
-    require_same_device(a=a, b=b)
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     both = (high - low).clamp(min=0).prod(-1)  # [..., 2] -> [...]
     return both, _sides(a).prod(-1) + _sides(b).prod(-1) - both
@@ -117,7 +124,9 @@ def _check_masks(a: Tensor, b: Tensor) -> None:
     for masks, name in ((a, "a"), (b, "b")):
         _require_masks(masks, name, empty=True)
     if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"a has masks of {tuple(a.shape[1:])}, b of {tuple(b.shape[1:])} (height, width)")
+        raise ValueError(
+            f"a has masks of {tuple(a.shape[1:])}, b of {tuple(b.shape[1:])}, expected the same (height, width)"
+        )
     require_same_device(a=a, b=b)
 
 
@@ -180,6 +189,9 @@ def points_in_masks(points: Tensor, masks: Tensor) -> Tensor:
 def _check_pointing(points: Tensor, targets: Tensor, *, answered: Tensor | None = None) -> None:
     if targets.dim() not in (2, 3):
         raise ValueError(f"targets have {targets.dim()} dimensions, expected 2 (boxes [N, 4]) or 3 (masks [N, H, W])")
+    if targets.dim() == 3 and targets.dtype != torch.bool:
+        shape = f"{targets.dim()} dimensions and are {targets.dtype}"
+        raise ValueError(f"targets have {shape}, expected boxes [N, 4] or masks [N, H, W] of torch.bool")
     if not len(targets):
         raise ValueError("there are 0 targets, expected at least 1: an accuracy over nothing is no number")
     (_check_in_boxes if targets.dim() == 2 else _check_in_masks)(points, targets)

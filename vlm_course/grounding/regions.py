@@ -38,7 +38,7 @@ class Region:
         if not {"point": count == 1, "box": count == 2, "polygon": count >= 3}[self.kind]:
             raise ValueError(f"a {self.kind} has {CORNERS[self.kind]} (x, y) pairs, got {count}")
         if not all(math.isfinite(number) for number in self.numbers):
-            raise ValueError(f"a {self.kind} needs finite numbers, got {self.numbers}")
+            raise ValueError(f"a {self.kind} has the numbers {self.numbers}, expected finite ones")
         if self.kind == "box":
             (x1, y1), (x2, y2) = self.xy
             for name, low, high in (("x", x1, x2), ("y", y1, y2)):
