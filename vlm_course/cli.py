@@ -24,14 +24,6 @@ train = typer.Typer(help="Train the models that the course ships, from nothing."
 app.add_typer(train, name="train")
 
 
-class Traced(StrEnum):
-    """Models whose tensors `trace` can list."""
-
-    small = "small"
-    llava_7b = "llava-1.5-7b"
-    llava_13b = "llava-1.5-13b"
-
-
 class Suite(StrEnum):
     """Sets of questions that `evaluate` knows."""
 
@@ -93,15 +85,28 @@ def ask(
 
 @app.command()
 def trace(
-    model: Annotated[Traced, typer.Argument(help="A model of the course; none is allocated, only its shapes.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="small, or a model of the catalog, such as llava-1.5-13b or qwen2.5-vl-7b; nothing is downloaded, "
+            "and none is allocated.",
+            show_default=False,
+        ),
+    ],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List stage, name, shape, dtype and meaning of every tensor in a model."""
-    from vlm_course import llava
+    """List stage, name, shape, dtype and meaning of every tensor in a model, published or shipped."""
     from vlm_course import trace as tracing
 
-    config = {Traced.small: llava.SMALL, Traced.llava_7b: llava.LLAVA_7B, Traced.llava_13b: llava.LLAVA_13B}[model]
-    rows = tracing.trace_config(config)
+    if model == "small":
+        from vlm_course.llava import SMALL
+
+        rows = tracing.trace_config(SMALL)
+    else:
+        from vlm_course.catalog import find
+        from vlm_course.catalog.tracing import trace_model
+
+        rows = trace_model(find(model))
     typer.echo(tracing.to_json(rows) if json else tracing.format_table(rows))
 
 

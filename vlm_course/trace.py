@@ -1,9 +1,11 @@
 """Every shape on the way from pixels to logits, taken from a real forward pass, of a real model or of one without
-weights (the meta device), so that LLaVA's 13 billion parameters trace in a second on a laptop."""
+weights (the meta device), so that LLaVA's 13 billion parameters trace in a second on a laptop.
+
+`trace` takes a `Llava`; `catalog.tracing` has the published models."""
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -25,8 +27,11 @@ class TraceRow:
     axes: tuple[str, ...]
 
 
-# module name pattern -> (stage, axes, meaning) of its output; ":in" stands for its input. In the order of the table.
-_PLACES = {
+# module name pattern -> (stage, axes, meaning) of its output; ":in" stands for its input; the first pattern counts.
+# Where a module's output may have different ranks, the axes of each are given, with "|" between them.
+Places = Mapping[str, tuple[str, str, str]]
+
+_PLACES: Places = {
     r"vision\.patch_embedding": ("vision", "B N D_vision", "one vector per patch"),
     r"vision\.pre_norm": ("vision", "B 1+N D_vision", "CLS in front, positions added, normalised"),
     r"vision\.blocks\.\d+": ("vision", "B 1+N D_vision", "after a block of the vision tower"),
@@ -44,8 +49,8 @@ _PLACES = {
 }
 
 
-def _place(name: str) -> tuple[str, str, str] | None:
-    return next((place for pattern, place in _PLACES.items() if re.fullmatch(pattern, name)), None)
+def _place(places: Places, name: str) -> tuple[str, str, str] | None:
+    return next((place for pattern, place in places.items() if re.fullmatch(pattern, name)), None)
 
 
 @torch.no_grad()
@@ -55,42 +60,79 @@ def trace(model: Llava, ids: Tensor, pixels: Tensor | None = None) -> list[Trace
     Equal blocks that follow each other share a row, `vision.blocks.0-22`. Blocks that do not run (the vision tower's
     last, when the layer before it is read) are not in the table. The model is left as it was.
     """
-    rows = [_row("input", "ids", ids, "B T", "word ids, <image> repeated once per visual token")]
+    rows = [row("input", "ids", ids, "B T", "word ids, <image> repeated once per visual token")]
     if pixels is not None:
-        rows.append(_row("input", "pixels", pixels, "B C H W", "normalised pixels"))
+        rows.append(row("input", "pixels", pixels, "B C H W", "normalised pixels"))
+    return trace_call(model, _PLACES, lambda note: model(ids, pixels), rows)
+
+
+Note = Callable[[str, str, Tensor, str, str], None]  # stage, name, tensor, axes, meaning: adds a row
+
+
+@torch.no_grad()
+def trace_call(
+    module: nn.Module, places: Places, call: Callable[[Note], object], rows: Iterable[TraceRow] = ()
+) -> list[TraceRow]:
+    """Rows of every module that `places` names while `call` runs, behind `rows`; equal blocks are merged.
+
+    `call` gets a function that adds a row of its own, for tensors between modules. The module is left as it was.
+    """
+    noted = list(rows)
     handles = []
     try:
-        for name, module in model.named_modules():
-            if place := _place(f"{name}:in"):
-                handles.append(module.register_forward_pre_hook(_note(rows, f"{name}:in", place)))
-            if place := _place(name):
-                handles.append(module.register_forward_hook(_note(rows, name, place)))
-        model(ids, pixels)
+        for name, child in module.named_modules():
+            if place := _place(places, f"{name}:in"):
+                hook = _entering(noted, f"{name}:in", place)
+                handles.append(child.register_forward_pre_hook(hook, with_kwargs=True))
+            if place := _place(places, name):
+                handles.append(child.register_forward_hook(_leaving(noted, name, place)))
+        call(lambda stage, name, tensor, axes, meaning: noted.append(row(stage, name, tensor, axes, meaning)))
     finally:
         for handle in handles:
             handle.remove()
-    return _merge_blocks(rows)
+    return _merge_blocks(noted)
 
 
-def _note(rows: list[TraceRow], name: str, place: tuple[str, str, str]) -> Callable[..., None]:
+def _entering(rows: list[TraceRow], name: str, place: tuple[str, str, str]) -> Callable[..., None]:
     stage, axes, meaning = place
 
-    def hook(module: nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
-        rows.append(_row(stage, name, inputs[0] if output is None else output, axes, meaning))
+    def hook(module: nn.Module, inputs: tuple, named: dict) -> None:
+        rows.append(row(stage, name, _first_tensor((*inputs, *named.values())), axes, meaning))
 
     return hook
 
 
-def _row(stage: str, name: str, tensor: Tensor, axes: str, meaning: str) -> TraceRow:
+def _leaving(rows: list[TraceRow], name: str, place: tuple[str, str, str]) -> Callable[..., None]:
+    stage, axes, meaning = place
+
+    def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+        rows.append(row(stage, name, _first_tensor(output), axes, meaning))
+
+    return hook
+
+
+def _first_tensor(value: object) -> Tensor:
+    """The tensor itself, or the first one in a tuple or in an output of transformers."""
+    if isinstance(value, Tensor):
+        return value
+    items = value.values() if hasattr(value, "values") else value
+    return next(item for item in items if isinstance(item, Tensor))
+
+
+def row(stage: str, name: str, tensor: Tensor, axes: str, meaning: str) -> TraceRow:
+    """One row. Raises ValueError where none of the axes given has the tensor's rank."""
+    named = next((names for part in axes.split("|") if len(names := part.split()) == tensor.dim()), None)
+    if named is None:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but its axes are {axes!r}")
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return TraceRow(stage, name, tuple(tensor.shape), dtype, meaning, tuple(axes.split()))
+    return TraceRow(stage, name, tuple(tensor.shape), dtype, meaning, tuple(named))
 
 
 def _merge_blocks(rows: Iterable[TraceRow]) -> list[TraceRow]:
     merged: list[TraceRow] = []
     first = 0
     for row in rows:
-        block = re.fullmatch(r"(.+\.blocks\.)(\d+)", row.name)
+        block = re.fullmatch(r"((?:.+\.)?(?:blocks|layers|layer)\.)(\d+)", row.name)
         if not block:
             merged.append(row)
         elif merged and merged[-1].name.startswith(block[1]) and replace(merged[-1], name=row.name) == row:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlm_course.attention import attend
 from vlm_course.bridges import PerceiverResampler
 from vlm_course.fusion import GatedCrossAttention, media_mask
-from vlm_course.vit import VisionTransformer, ViTConfig
+from vlm_course.vit import VisionTransformer, ViTConfig, select_features
 
 
 class QueryResampler(nn.Module):
@@ -153,7 +153,7 @@ class TwoLayerViT(nn.Module):
         self.layers = layers
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.tower.patch_features(pixels, layer=self.layers)  # [B, 3, H, W] -> [B, N, 2 D]
+        return select_features(self.tower.hidden_states(pixels), self.layers)  # [B, 3, H, W] -> [B, N, 2 D]
 
 
 def molmo_language(*, config: dict, extra: int) -> nn.Module:
