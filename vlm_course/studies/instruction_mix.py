@@ -162,7 +162,7 @@ def well_formed(kind: str, answers: Tensor, tokenizer: WordTokenizer) -> Tensor:
         count, marks = (4, "[]") if kind == "box" else (2, "()")
         return ~read_numbers(answers, tokenizer, count, marks).isnan().any(1)
     if kind == "caption":
-        texts = [tokenizer.decode(row) for row in answers]
+        texts = [tokenizer.decode(row) for row in answers.tolist()]
         whole = [text.endswith(".") and len(read_caption(text)) == text.count(" a ") + 1 for text in texts]
         return torch.tensor(whole, device=answers.device)
     words = torch.tensor([tokenizer.id_of(word) for word in WORDS[kind]], device=answers.device)
@@ -225,14 +225,12 @@ def examine(model: Llava, lab: Lab) -> Measures:
 
 def _from_caption(asked: dict[str, tuple[Turns, Tensor]], tok: WordTokenizer) -> dict[str, float]:
     """Share of questions whose right answer follows from the caption that the same model writes."""
-    captions = [tok.decode(row) for row in asked["caption"][1]]
+    captions = [tok.decode(row) for row in asked["caption"][1].tolist()]
     shares = {}
     for kind in ("colour", "shape", "size", "existence"):
         turn = asked[kind][0]
-        hits = [
-            answer_from_caption(tok.decode(turn.question[row]), captions[row]) == tok.decode(turn.answer[row])
-            for row in turn.valid.nonzero()[:, 0].tolist()
-        ]
+        rows = zip(turn.question.tolist(), turn.answer.tolist(), captions, turn.valid.tolist(), strict=True)
+        hits = [answer_from_caption(tok.decode(q), text) == tok.decode(a) for q, a, text, valid in rows if valid]
         shares[kind] = sum(hits) / len(hits)
     return shares
 
