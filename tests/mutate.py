@@ -26,16 +26,17 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE":
 ROOT = Path(__file__).resolve().parents[1]
 # The tests of each module: the closest and quickest first, since the first failure ends the run.
 TESTS = {
-    "attention": "properties/test_language_attention.py properties/test_language_model.py parity/test_packing.py "
-    "parity/test_language_idefics.py",
-    "fusion": "properties/test_language_data.py properties/test_language_model.py properties/test_flamingo.py "
-    "parity/test_fuyu.py parity/test_language_idefics.py",
-    "loss": "properties/test_language_data.py properties/test_language_model.py parity/test_packed_documents.py",
-    "bridges": "properties/test_vision_properties.py parity/test_vision_bridges.py properties/test_costs.py "
-    "parity/test_qformer.py",
-    "patches": "properties/test_vision_properties.py parity/test_vision_towers.py parity/test_vision_images.py "
-    "parity/test_encoders.py",
-    "packing": "parity/test_packing.py",
+    "attention": "properties/test_masks_by_loops.py properties/test_language_attention.py "
+    "properties/test_language_model.py parity/test_language_idefics.py",
+    "fusion": "properties/test_masks_by_loops.py properties/test_defaults.py properties/test_language_data.py "
+    "properties/test_flamingo.py parity/test_language_idefics.py parity/test_fuyu.py",
+    "loss": "properties/test_defaults.py properties/test_language_data.py properties/test_language_model.py "
+    "parity/test_packed_documents.py",
+    "bridges": "properties/test_defaults.py properties/test_vision_properties.py parity/test_vision_bridges.py "
+    "properties/test_costs.py parity/test_qformer.py",
+    "patches": "properties/test_defaults.py properties/test_vision_properties.py parity/test_vision_towers.py "
+    "parity/test_vision_images.py parity/test_encoders.py",
+    "packing": "properties/test_defaults.py parity/test_packing.py",
     "resolution": "parity/test_resolution.py",
 }
 # The table of bad inputs names the module that it is about.
