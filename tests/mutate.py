@@ -1,6 +1,6 @@
 """`make mutate`: change the package on purpose, one spot at a time, and count the changes that no test notices.
 
-    python tests/mutate.py [MODULE ...] [--each N] [--seed S] [--jobs 2]
+    python tests/mutate.py [MODULE ...] [--each N] [--seed S] [--jobs 2] [--minutes 30]
 
 A mutant is one changed operator, comparison, constant or default, one dropped `not`, or one dropped check. The tests of
 its module run on it until the first failure. Words of messages stay as they are. A survivor is a missing test, or a
@@ -12,6 +12,7 @@ import argparse
 import ast
 import importlib.abc
 import importlib.util
+import math
 import os
 import random
 import signal
@@ -183,10 +184,12 @@ def outcome(status: int) -> str:
     return {0: "survived", 1: "killed", 2: "killed"}.get(os.WEXITSTATUS(status), "broken")
 
 
-def run(queue: list[tuple[str, Mutant | None]], jobs: int, limits: dict[str, float], folder: Path):
-    """Yields (module, mutant, outcome, seconds, output) as the runs end, `jobs` at a time."""
+def run(queue: list[tuple[str, Mutant | None]], jobs: int, limits: dict[str, float], folder: Path, until=math.inf):
+    """Yields (module, mutant, outcome, seconds, output) as the runs end, `jobs` at a time; none starts after `until`."""
     waiting, running = list(reversed(queue)), {}
     while waiting or running:
+        if time.monotonic() > until:
+            waiting.clear()
         while waiting and len(running) < jobs:
             module, mutant = waiting.pop()
             output = folder / f"{len(waiting)}.txt"
@@ -211,6 +214,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(TESTS)}; all by default")
     parser.add_argument("--each", type=int, help="at most this many mutants of a module, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=30, help="start no further mutant after so long")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     options = parser.parse_args()
     if unknown := set(options.modules) - set(TESTS):
@@ -225,17 +229,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         limits = {}
         for module, _, result, seconds, output in run([(m, None) for m in modules], options.jobs, {}, Path(folder)):
-            if result != "survived":
-                print(f"The tests of {module} fail on the package as it is: mend that first.\n{output[-2000:]}")
-                return 2
-            limits[module] = 30 + 8 * seconds
-        queue = []
+            if result == "survived":
+                limits[module] = 30 + 8 * seconds
+            else:
+                print(f"{module} is left out, its tests fail on the package as it is:\n{output[-2000:]}", flush=True)
+        queue, modules = [], [module for module in modules if module in limits]
+        if not modules:
+            return 2
         for module in modules:
             every = mutants(module)
             chosen = every if options.each is None else draw.sample(every, min(options.each, len(every)))
             counts[module] = {"mutants": len(every), "killed": 0, "timeout": 0, "survived": 0, "broken": 0}
-            queue += [(module, mutant) for mutant in sorted(chosen, key=lambda mutant: mutant.line)]
-        for module, mutant, result, _, output in run(queue, options.jobs, limits, Path(folder)):
+            queue += [(module, mutant) for mutant in chosen]
+        draw.shuffle(queue)  # so that what the time allows is a fair sample of all
+        until = began + 60 * options.minutes
+        for module, mutant, result, _, output in run(queue, options.jobs, limits, Path(folder), until):
             counts[module][result] += 1
             if result != "killed":
                 print(f"{result}: {mutant}", flush=True)
