@@ -68,7 +68,7 @@ EVA_G = Encoder(
     "EVA ViT-g/14",
     "timm",
     "eva_giant_patch14_clip_224",
-    "match images with texts, softmax",
+    "fill in masked patches, then match images with texts",
     "BLIP-2 (39 layers)",
     "timm configuration; transformers Blip2VisionConfig: hidden_size 1408, 39 layers",
     _CHECKED,

@@ -40,6 +40,25 @@ def test_intern_vit_has_six_billion_and_another_width():
     assert (found.width, found.layers) == (3200, 48)
 
 
+@pytest.mark.parametrize(
+    "encoder, name",
+    [
+        (encoders.CLIP_L, "clip-vit-l-14-336"),
+        (encoders.EVA_G, "eva-vit-g-14"),
+        (encoders.DINOV2_L, "dinov2-vit-l-14"),
+        (encoders.INTERN_VIT_6B, "internvit-6b-224"),
+    ],
+)
+def test_the_catalog_says_the_same(encoder, name):
+    from vlm_course.catalog.records import find
+
+    facts = {field: fact.value for field, fact in find(name).facts.items()}
+    found = encoders.measure(encoder)
+    for field, value in (("parameters", found.parameters), ("vision_width", found.width), ("layers", found.layers)):
+        assert facts[field] == value
+    assert (facts["image_size"], facts["patches"]) == (found.image_size, found.patches)
+
+
 def test_an_unknown_library_is_named():
     row = encoders.Encoder("X", "jax", "x", "", "", "", "2026-11-23")
     with pytest.raises(ValueError, match="jax"):

@@ -81,6 +81,10 @@ CLASS_AND_POSITIONS = Exercise(
             "You gave the class token the last position: its own is row 0.",
             lambda x, c, p: front(x, c) + p.roll(1, dims=0),
         ),
+        "one class token for the batch": Mistake(
+            "You made one class token for the whole batch: expand it, so that every image has its copy.",
+            lambda x, c, p: torch.cat([c[None, None], x], dim=1) + p,
+        ),
         "no positions": Mistake(
             "You did not add the positions: without them the tower cannot tell where a patch was.",
             lambda x, c, p: front(x, c),

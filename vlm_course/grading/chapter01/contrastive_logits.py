@@ -74,6 +74,10 @@ CONTRASTIVE_LOGITS = Exercise(
             "You compare vectors of any length: bring images and captions to length 1 first, then it is the angle.",
             lambda x, y, s: s.clamp(max=math.log(100)).exp() * x @ y.T,
         ),
+        "dot products": Mistake(
+            "You scale plain dot products: bring both to length 1 first, and keep the factor at or below 100.",
+            lambda x, y, s: x @ y.T * s.exp(),
+        ),
         "images not normalised": Mistake(
             "You brought only the captions to length 1: the images need it too.",
             lambda x, y, s: s.clamp(max=math.log(100)).exp() * x @ unit(y).T,

@@ -117,6 +117,14 @@ SELECT_FEATURES = Exercise(
             "You always take the last layer: LLaVA asks for layer -2, and others for others.",
             lambda s, i, how: select(s, [-1 for _ in as_list(i)], how),
         ),
+        "last layer, patches": Mistake(
+            "You always take the last layer's patches: layer and strategy say what is asked for.",
+            lambda s, i, how: s[-1][:, 1:],
+        ),
+        "one layer alone": Mistake(
+            "Your answer knows one layer alone: a list of layers is joined along the width.",
+            lambda s, i, how: s[i][:, 1:] if how == "default" else s[i],
+        ),
         "always the penultimate": Mistake(
             "You always take layer -2: use the layer that is asked for.",
             lambda s, i, how: select(s, [-2 for _ in as_list(i)], how),
