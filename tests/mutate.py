@@ -185,7 +185,7 @@ def outcome(status: int) -> str:
 
 
 def run(queue: list[tuple[str, Mutant | None]], jobs: int, limits: dict[str, float], folder: Path, until=math.inf):
-    """Yields (module, mutant, outcome, seconds, output) as the runs end, `jobs` at a time; none starts after `until`."""
+    """Yields (module, mutant, outcome, seconds, output) as runs end, `jobs` at a time, none begun after `until`."""
     waiting, running = list(reversed(queue)), {}
     while waiting or running:
         if time.monotonic() > until:
