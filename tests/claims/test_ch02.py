@@ -143,7 +143,7 @@ def test_averaging_four_tokens_costs_every_kind_something(small, exam, seen, sha
     """Fails if some kind of question, not only reading and boxes, were as good after averaging."""
     coarse = score(small.model, exam, bridge_study.block_average(seen, 2))
     lost = {kind: sharp.accuracy(kind) - coarse.accuracy(kind) for kind in exam.kinds if kind != "box"}
-    assert min(lost.values()) > 0.03, lost
+    assert min(lost.values()) > 0.01, lost  # one answer of 24 is 0.04
     assert coarse.box_error() > 3 * sharp.box_error() + 1
 
 
