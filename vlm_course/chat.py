@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlm_course.validation import checks
+from vlm_course.validation import checks, counts, require_one_of
 
 IGNORE = -100
 
@@ -29,6 +29,7 @@ def _check_turns(turns: Turns) -> None:
             raise ValueError(f"turn {number} of {len(turns)} has no answer: only the last may be left open")
 
 
+@counts(visual_tokens=0)
 def encode_chat(tokenizer, turns: Turns, visual_tokens: int) -> tuple[list[int], list[int]]:
     """<bos> <image>*M, then <user> question <assistant> answer <eos> for every turn -> (ids, labels).
 
@@ -36,8 +37,6 @@ def encode_chat(tokenizer, turns: Turns, visual_tokens: int) -> tuple[list[int],
     <eos> that ends it, -100 everywhere else. Raises ValueError when a text spells out a control token of the template.
     """
     _check_turns(turns)
-    if visual_tokens < 0:
-        raise ValueError(f"visual_tokens is {visual_tokens}, but an image cannot take fewer than 0 tokens")
     ids = [tokenizer.bos_id] + [tokenizer.image_id] * visual_tokens
     labels = [IGNORE] * len(ids)
     for question, answer in turns:
@@ -74,9 +73,9 @@ def vicuna_prompt(turns: Turns, image: bool = True, system: str = VICUNA_SYSTEM)
     Source: haotian-liu/LLaVA, llava/conversation.py (conv_vicuna_v1) and llava/train/train.py (preprocess_v1).
     """
     text, spans = system + " ", []
-    for number, (question, answer) in enumerate(turns):
+    for number, (asked, answer) in enumerate(turns):
         placeholder = "<image>\n" if image and number == 0 else ""
-        text += f"USER: {placeholder}{question} ASSISTANT:"
+        text += f"USER: {placeholder}{asked} ASSISTANT:"
         if answer is not None:
             start = len(text) + 1  # behind the space
             text += f" {answer}</s>"
@@ -117,6 +116,7 @@ def response_labels(
     return labels
 
 
+@counts(visual_tokens=0, image_id=0)
 def encode_vicuna(tokenizer, turns: Turns, visual_tokens: int, *, image_id: int) -> tuple[list[int], list[int]]:
     """`vicuna_prompt` through a fast Hugging Face tokenizer -> (ids, labels), <image> expanded to `visual_tokens`.
 
@@ -139,13 +139,18 @@ def encode_vicuna(tokenizer, turns: Turns, visual_tokens: int, *, image_id: int)
     return ids, labels
 
 
+def _rows_rule(rows, value, *, side="right"):
+    if len(rows) < 1:
+        raise ValueError("there are 0 rows to pad, expected at least 1")
+    require_one_of(side, "side", ("left", "right"))
+
+
+@checks(_rows_rule)
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, side: str = "right") -> tuple[Tensor, Tensor]:
     """Rows of ids or labels -> (tensor [B, T], boolean mask [B, T], True for real tokens).
 
     Pad on the right to train (`value` is -100 for labels), on the left to generate.
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"side is {side!r}, expected 'left' or 'right'")
     length = max(len(row) for row in rows)
     padded = torch.full((len(rows), length), value)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
