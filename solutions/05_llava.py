@@ -71,7 +71,7 @@ for name in ("LLaVA v1 13B", "LLaVA-1.5 7B", "LLaVA-1.5 13B"):
           f"{row.vision_width} -> {row.llm_width}")
 
 # %% [markdown]
-# A single linear map, 224 pixels and 256 tokens belong to version 1. Two layers, 336 pixels and 576 tokens belong to 1.5. "Single linear projection" with "576 tokens" was no released main model. And a 13B model is 5120 wide, not 4096.
+# A single linear map, 224 pixels and 256 tokens belong to version 1; two layers, 336 pixels and 576 tokens to 1.5. Put together as in the lesson they describe neither. And a 13B model is 5120 wide, not 4096. What each part weighs:
 
 # %% covers=["5-idea-1", "5-idea-3"]
 for name, config in (("7B", LLAVA_7B), ("13B", LLAVA_13B)):
@@ -117,7 +117,8 @@ print(f"{image} of {image + text} tokens are image: {100 * image / (image + text
 for name, config in (("7B", LLAVA_7B), ("13B", LLAVA_13B)):
     cache = budget.kv_cache_bytes(config, image + text)
     print(f"{name:4s} {config.text.layers} layers, {config.text.heads} heads, width {config.text.width}: "
-          f"input {[image + text, config.text.width]}, keys and values {cache / 1e9:.2f} GB")
+          f"input {[image + text, config.text.width]}, keys and values {cache / 1e9:.2f} GB, "
+          f"{cache / (image + text):,.0f} bytes a token")
 
 # %% [markdown] covers=["5-idea-4"]
 # So 92 % holds for one image and 50 words. Several images take more of the context window of 4,096 tokens, and soon all of it:
@@ -269,7 +270,7 @@ with torch.no_grad():
 # %% [markdown]
 # ## Word by word
 #
-# To write an answer, take the best next word, put it behind the prompt, and run again. It stops at `<eos>`. Taking the best each time is called *greedy*; chapter 9 comes back to other ways.
+# To write an answer, take the best next word, put it behind the prompt, and run again. It stops at `<eos>`. Taking the best each time is called *greedy*; `vlm_course.generation` has other ways too.
 #
 # ### Build It: greedy decoding  ·  easy  ·  about 15 minutes  ·  3 points
 #
@@ -447,7 +448,7 @@ print(f"reading everything again {seconds[greedy_decode]:6.2f} s")
 print(f"with the cache           {seconds[greedy_cached]:6.2f} s")
 
 # %% [markdown]
-# The price is memory: two vectors for each token and layer. At 13B that is 819,200 bytes a token, and image tokens are most of it. The package's own cache grows in place instead of being copied, and serves several questions about one image.
+# The price is memory: two vectors for each token and layer. You counted 819,200 bytes a token for 13B, and most tokens are image. The package's own cache grows in place instead of being copied, and serves several questions about one image.
 
 # %% [markdown] covers=["5-simulation-1"]
 # ## The forward pass, watched
@@ -465,7 +466,7 @@ simulation.first_frame()
 simulation
 
 # %% [markdown]
-# The vision tower works in the first pass only. With the cache the later passes are short; without it each costs more than the one before. The head's shape shows that the first pass scores the next word at every position, though only the last is needed; `logits_to_keep=1` saves that.
+# With the cache the vision tower works in the first pass only, and later passes are short. Without it, tower and decoder do all their work again for every word, and a little more. The head's shape shows that the first pass scores the next word at every position, though only the last is needed; `logits_to_keep=1` saves that.
 
 # %% [markdown]
 # ## The same weights in transformers
@@ -528,7 +529,7 @@ for stage, milliseconds in live.items():
     print(f"{stage:14s}{milliseconds:8.2f} ms" + ("  for each word" if stage == "decode" else ""))
 
 # %% [markdown]
-# The order is the lesson's: the bridge takes next to nothing, and a description of thirty words takes longer than reading the image. But these are small matrices on a CPU. For the real sizes, start with what no machine can beat.
+# The order is the lesson's: the bridge takes next to nothing, and a description takes longer than reading the image. But these are small matrices on a CPU. For the real sizes, start with what no machine can beat.
 
 # %% [markdown] covers=["5-table-1"]
 # ### Preprocessing
@@ -572,7 +573,7 @@ for name in ("RTX 4090", "A100-80GB", "H100-80GB", "H200-141GB"):
     print(f"{name:12s} 13B reads 626 tokens: {read:5.1f} ms   writes one: {write:5.2f} ms{room}")
 
 # %% [markdown]
-# Reading 626 tokens is bound by arithmetic, writing one by memory: the same weights are fetched for a single multiplication each. So a word costs a quarter of what the whole prompt costs. That decides the first prediction.
+# Reading 626 tokens is bound by arithmetic, writing one by memory: all weights are fetched for a single multiplication each. On an A100 a word costs a quarter of the whole prompt, on an H100 nearly half. That decides the first prediction.
 
 # %% covers=["5-idea-5"]
 read = budget.prefill_seconds(LLAVA_13B, "A100-80GB", 626, images=1)
@@ -629,7 +630,7 @@ for stage, settings in [(s, "plain script") for s in h100["7B"]] + [("decode", "
     print(f"{stage + ', ' + settings:36s}{small_one:>10s}{low:8.2f}{large_one:>8s}{high:8.2f}")
 
 # %% [markdown]
-# The measured prefill includes the image. A plain script writes a word of 7B in about 30 ms, seven times its floor: the GPU waits for Python. Compiled, with a static cache, it takes 9. So "20 ms a word" says as much about the program as about the machine.
+# The measured prefill includes the image. A plain script writes a word of 7B in about 30 ms, seven times its floor: most of the time the GPU waits for Python. Compiled, with a static cache, it takes 9. So "20 ms a word" says as much about the program as about the machine.
 
 # %%
 print(measurements.source)
@@ -652,7 +653,7 @@ axis.axhline(50, color=figures.GREY, linestyle="--", linewidth=1)
 axis.set(xscale="log", xlabel="words in the answer", ylabel="% of the time spent writing", ylim=(0, 100))
 axis.legend(loc="lower right")
 figures.show(figure, f"Share of the time spent writing, at best, for 13B: {100 * share[0]:.0f} % for one word on an H100, "
-                     f"over 95 % for 200 words; both GPUs cross one half at about four words.")
+                     f"over 95 % for 200 words; both GPUs cross one half before five words.")
 
 # %% [markdown] covers=["5-idea-5", "5-idea-4"]
 # Vision counts in another way too. The tower is cheap, but its 576 tokens are 92 % of what the language model reads. Fewer visual tokens are a speed-up of the *language model*, made on the side of vision:
@@ -760,6 +761,29 @@ print(f"13B, parameters that learn: stage 1 {100 * stage_1 / whole:.2f} %, stage
 
 # %% [markdown]
 # Another gain of simplicity is plain in your own code: the decoder is an ordinary one. Its cache, its kernels and its quantisation work without a change, because visual tokens are to it just tokens.
+
+# %% [markdown]
+# ## Where it fails
+#
+# The best next word is always *some* word. Ask for the colour of a thing that is not there: nothing in the loop can refuse. Six scenes, and for each a shape that it does not hold.
+
+# %%
+from vlm_course.worlds.scenes import COLOURS, SHAPES
+
+named = 0
+for scene in range(6):
+    held = exam.scenes.shape[scene][exam.scenes.present[scene]].tolist()
+    absent = next(name for number, name in enumerate(SHAPES) if number not in held)
+    said = ask(f"what color is the {absent}?", scene, greedy_cached)
+    named += said in COLOURS
+    print(f"no {absent} here; what color is it?  {said}")
+print(f"{named} of 6 answers name a colour")
+
+# %% [markdown]
+# In training, a question about a colour always had an object to be about, so saying "there is none" was never the right answer. Chapter 3 measures a relative of this error: yes to what is absent.
+
+# %% [markdown]
+# Two limits of the code: `greedy_cached` takes one row at a time, since rows that end early need more bookkeeping, and `torch.cat` copies the whole cache for every word. `generation.generate` and `decoder.KVCache` do better in both.
 
 # %% [markdown] covers=["5-check-1"]
 # ## Check question
