@@ -655,7 +655,7 @@ print(f"{'another scene':>16s}{row}{other.box_error():9.1f} px")
 print(f"{'most frequent':>16s}" + "".join(f"{exam.majority(kind):11.2f}" for kind in exam.kinds[:-1]))
 
 # %% [markdown]
-# The first averaging already costs every kind something. Boxes are 7 pixels off instead of 0.1, almost a patch of 8; whether a thing exists is little better than a coin. With four tokens no kind beats the most frequent answer. (At most sixteen answers a kind: one is a step of 0.06.)
+# The first averaging already costs every kind something. Boxes miss by most of a patch of 8 pixels, where they were exact before. With four tokens colour and shape are named less often than by always giving the most frequent answer. (At most sixteen answers a kind: one is a step of 0.06.)
 
 # %% [markdown] covers=["2-idea-3"]
 # This shows what averaging does to a decoder that never met averaged tokens. Trained with them, it might do better; we have not tried. Nor is it a law that compression cannot locate: Qwen-VL draws boxes from 256 tokens. But detail has to fit somewhere, and fewer tokens are less room.
@@ -686,7 +686,7 @@ reveal("p_2_2", "c", because=f"Exact answers fall from {right:.2f} to {turned:.2
                              f"about another scene they are {other:.2f}.")
 
 # %% [markdown]
-# Alignment breaks by degrees. At 15 the decoder hardly notices; near 45 it answers a question about colour with a number; at 60 it does as with another scene, at 90 worse. The image is still in the tokens. The reader has lost it.
+# Alignment breaks by degrees. At 15 the decoder hardly notices; at 45 about four answers in ten are wrong; at 90 it does no better than with another scene, and may answer a question about colour with a number. The image is still in the tokens. The reader has lost it.
 
 # %%
 main = (tokens @ experiment.basis[:, :2]).square().sum() / tokens.square().sum()  # [B, N, D] x [D, 2]
@@ -698,7 +698,7 @@ for planes in (1, 128):
     print(f"90 degrees in {planes:3d} planes: cosine {now.cosine:.2f}, exact answers {now.score.accuracy():.2f}")
 
 # %% [markdown]
-# Turning 2 of 256 directions does as much damage as turning all: nearly all of the squared length lies in that one plane. There the tokens crowd together, so a high cosine says little: at 45 degrees a token is as close to its trained self, 0.71, as to any other token, 0.73.
+# Turning 2 of 256 directions does half of the damage of turning all: most of the squared length lies in that one plane. There the tokens crowd together, so a high cosine says little: at 45 degrees a token is hardly closer to its trained self than any two tokens are to each other.
 
 # %% [markdown] covers=["2-simulation-1"]
 # Turn it yourself. The picture stands still; the one below it obeys the controls. Left, tokens of patches inside objects, in their main plane, each in the colour of its object; hollow dots are where training put them. Right, the exam.
@@ -744,14 +744,14 @@ print(f"nearest word names the colour or the shape: {hits:.2f}   by chance: {cha
 print("most frequent:", ", ".join(f"{word} {nearest.count(word) / len(nearest):.2f}" for word in often))
 
 # %% [markdown]
-# Our model gives the lesson half a point. Nothing in the loss asked for it, yet 86 % of these tokens are nearest to a word for their own object; by chance it would be 14 %. But near is not close: cosine 0.21, and a token is some 25 times as long as a word.
+# Our model gives the lesson half a point. Nothing in the loss asked for it, yet about nine in ten of these tokens are nearest to a word for their own object; by chance it would be one in eight. But near is not close: the cosine is about 0.2, and a token is some 30 times as long as a word.
 
 # %%
 reveal("p_2_3", "a", because=f"For {hits:.0%} of the tokens inside objects it is the colour or the shape; "
                              f"by chance {chance:.0%}.")
 
 # %% [markdown]
-# So a token does not *become* a word. It leans towards one, from far away. And this is one small model, with 89 words and a world of coloured shapes: about CLIP and Vicuna, with 32,000 word pieces and real photographs, it proves nothing.
+# So a token does not *become* a word. It leans towards one, from far away. And this is one small model, with 93 words and a world of coloured shapes: about CLIP and Vicuna, with 32,000 word pieces and real photographs, it proves nothing.
 
 # %% [markdown] covers=["2-check-1"]
 # ## Check question

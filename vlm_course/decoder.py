@@ -211,11 +211,13 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
+        phases: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """embeds [B, T, D] -> logits [B, T, V], or only those of the last `logits_to_keep` positions when it is > 0.
 
         mask: boolean, broadcasts to [B, H, T, past + T] and is used as it stands (put the causal part in it);
         None means causal. positions: [T] or [B, T] integers, by default those after the tokens in the cache.
+        phases: their `rotary_phases`, from a caller who uses the same ones again and again.
         """
         if embeds.dim() != 3 or embeds.shape[-1] != self.config.width:
             raise ValueError(
@@ -230,7 +232,8 @@ class Decoder(nn.Module):
             )
         if positions is None:
             positions = torch.arange(past, past + embeds.shape[1], device=embeds.device)  # [T]
-        phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
+        if phases is None:
+            phases = rotary_phases(positions, self.config.head_dim, self.config.rope_theta)
         x = embeds
         for layer, block in enumerate(self.blocks):
             x = block(x, phases, mask, cache, layer)  # [B, T, D] -> [B, T, D]

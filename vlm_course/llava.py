@@ -66,7 +66,7 @@ def small_config(vocab_size: int, *, image_id: int = 3) -> LlavaConfig:
     )
 
 
-SMALL = small_config(400)  # the words of WordTokenizer.small()
+SMALL = small_config(404)  # the words of WordTokenizer.small()
 
 
 class Llava(nn.Module):

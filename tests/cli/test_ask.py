@@ -19,8 +19,11 @@ def scene(tmp_path_factory):
     """A file with one fresh scene of three objects of three shapes and colours, pasted on a wider canvas."""
     generator = torch.Generator().manual_seed(77)
     scenes = sample(50, generator=generator, objects=(3, 3))
+    different = lambda values: len(set(values[:3].tolist()))  # noqa: E731
     row = next(
-        i for i in range(50) if len(set(scenes.shape[i, :3].tolist())) == 3 == len(set(scenes.colour[i, :3].tolist()))
+        i
+        for i in range(50)
+        if (different(scenes.shape[i]), different(scenes.colour[i]), different(scenes.size[i])) == (3, 3, 2)
     )
     scenes = scenes[[row]]
     path = tmp_path_factory.mktemp("ask") / "SCENE.PNG"
@@ -115,9 +118,11 @@ def test_coordinates_are_those_of_the_file(scene, capsys, tmp_path):
         wide.paste(small.resize((2400, 2400)), (600, 0))
     wide.save(tmp_path / "wide.png")
     answered(capsys, tmp_path / "wide.png", "describe the image")
-    out, _ = answered(capsys, tmp_path / "wide.png", f"where is the {things[0][1]} {things[0][2]}", json=True)
+    # Shrunk to two thirds, a small object is smaller than any of the training.
+    (_, colour, shape), box = next((t, b) for t, b in zip(things, boxes, strict=True) if t[0] == "large")
+    out, _ = answered(capsys, tmp_path / "wide.png", f"where is the {colour} {shape}", json=True)
     scale = 2400 / 288
-    truth = [value * scale + shift for value, shift in zip(boxes[0], (600, 0, 600, 0), strict=True)]
+    truth = [value * scale + shift for value, shift in zip(box, (600, 0, 600, 0), strict=True)]
     assert iou(json.loads(out)["boxes"][0]["xyxy"], truth) > 0.6
 
 

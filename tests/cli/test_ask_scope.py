@@ -155,7 +155,7 @@ def test_known_words_with_a_meaning_that_was_not_trained(question):
 
 def test_reason_names_what_is_not_known():
     assert "I do not know the word 'texture'" in understand("what is the texture of the circle?").sentence
-    assert "the colours I know" in understand("is there a purple circle?").sentence
+    assert "the colours I know" in understand("is there a magenta circle?").sentence
     assert "the shapes I know" in understand("how many hexagons are there?").sentence
 
 

@@ -28,14 +28,14 @@ class Scripted(nn.Module):
         self.answers, self.device_of = answers, nn.Parameter(torch.zeros(1))
 
     def encode_images(self, pixels):
-        return look(pixels)[:, None, None]
+        return look(pixels)[:, None, None].expand(-1, 1, self.config.text.width)  # [B] -> [B, 1, D]
 
     def new_cache(self, capacity=0):
         return {"ids": torch.empty(0), "looks": None}
 
     def forward(self, ids, *, image_features=None, attention_mask=None, cache=None, logits_to_keep=0):
         if image_features is not None:
-            cache["looks"], cache["ids"] = image_features.flatten().tolist(), ids
+            cache["looks"], cache["ids"] = image_features[:, 0, 0].tolist(), ids
         else:
             cache["ids"] = torch.cat([cache["ids"], ids], 1)
         logits = torch.zeros(len(ids), 1, TOK.vocab_size)

@@ -4,11 +4,13 @@ Lower-case tags are properties (size, colour, shape, direction, with their name 
 any shape) and filler (no meaning that matters here). Tags in capitals are cues for the kind of question.
 """
 
+from ..worlds.scenes import COLOURS
+
 SIZE_WORDS = {
     "small": "small little tiny smallest",
     "large": "large big huge largest biggest",
 }
-COLOUR_WORDS = {c: c for c in ("red", "green", "blue", "yellow", "black", "teal", "brown")} | {"gray": "gray grey"}
+COLOUR_WORDS = {colour: colour for colour in COLOURS} | {"gray": "gray grey"}
 SHAPE_WORDS = {
     "circle": "circle circles circular disk disks disc discs round",
     "rectangle": "rectangle rectangles rectangular oblong oblongs",
@@ -63,12 +65,12 @@ shaped regarding hey hi ok okay same
 """.split()
 
 # What to say about words that are common in questions about pictures and are not understood here.
-_COLOURS = "the colours I know are red, green, blue, yellow, black, gray, teal and brown"
+_COLOURS = f"the colours I know are {', '.join(COLOURS[:-1])} and {COLOURS[-1]}"
 _SHAPES = "the shapes I know are circle, rectangle, triangle, diamond, cross and star"
 _COMPARE = "the only comparison I know is left of, right of, above or below"
 _REAL = "I have only ever seen drawn shapes, no living things and no real objects"
 REASONS = {
-    _COLOURS: "orange purple pink violet white turquoise cyan magenta gold golden silver beige crimson scarlet maroon "
+    _COLOURS: "violet white turquoise magenta gold golden silver beige crimson scarlet maroon "
     "navy olive lime indigo lavender",
     _SHAPES: "square squares oval ovals ellipse ellipses hexagon hexagons pentagon pentagons octagon octagons polygon "
     "polygons heart hearts arrow arrows line lines cube cubes sphere spheres ring rings crescent trapezoid",
@@ -88,6 +90,7 @@ NOT_TYPOS = frozenset(
     across cress stare start stats stairs scars stays stark smell stall mall shall barge lager charge colon shame shale
     share shave shaken grape were three theme then elbow bellows udder night light fight sight eight might
     bright tight paint print joint court mount county mage think thinks wings kings rings farm worm firm
+    pick pin ping kink link mink pine pint punk rink sink wink pinks range oranges grange clan cyans
     from lost last witch plush tangle bound ground sound mound wound pound hound found axis angle angles
     """.split()
 )

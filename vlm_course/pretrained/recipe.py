@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contrastive import ContrastiveModel, TextTower, TextTowerConfig, contrastive_loss
+from ..decoder import rotary_phases
+from ..fusion import splice_image_features
 from ..llava import Llava, LlavaConfig, small_config
 from ..loss import response_loss
 from ..tokenizer import WordTokenizer
@@ -38,7 +40,7 @@ STAGES = (
     Stage("contrastive", trains=("",), steps=5000, batch=1024, lr=1e-3),
     Stage("language", trains=("decoder.",), steps=1000, batch=512, lr=2e-3),
     Stage("align", trains=("bridge.",), steps=800, batch=512, lr=2e-3, weight_decay=0.0),
-    Stage("instruct", trains=("bridge.", "decoder."), steps=5500, batch=512, lr=1.5e-3),
+    Stage("instruct", trains=("bridge.", "decoder."), steps=6500, batch=512, lr=1.5e-3),
 )
 
 # How often each kind of question is asked in the instruct stage: more of what is harder.
@@ -83,12 +85,15 @@ def _objectives(
     contrastive: ContrastiveModel, llava: Llava, dialogs: Dialogs, compile_: Callable, seed: int
 ) -> dict[str, Callable[[Stage, int], Tensor]]:
     """The loss of one step, by stage."""
-    device, tok = dialogs.device, dialogs.tokenizer
-    visual = llava.config.visual_tokens
+    device, tok, config = dialogs.device, dialogs.tokenizer, llava.config
+    visual = config.visual_tokens
     draw = compile_(render)
-    encode = compile_(lambda pixels: llava.vision.patch_features(pixels, layer=llava.config.feature_layer))
-    mix = torch.tensor([MIX[kind] for kind in KINDS])
-    only_captions = torch.tensor([float(kind == "caption") for kind in KINDS])
+    encode = compile_(lambda pixels: llava.vision.patch_features(pixels, layer=config.feature_layer))
+    mix = torch.tensor([MIX[kind] for kind in KINDS], device=device)
+    only_captions = torch.tensor([float(kind == "caption") for kind in KINDS], device=device)
+    # Made once: left to the compiler, sines and cosines are computed again for every head of every layer.
+    places = torch.arange(1 + visual + CONVERSATION_LENGTH, device=device)
+    cos, sin = rotary_phases(places, config.text.head_dim, config.text.rope_theta)
 
     @compile_
     def pair_loss(pixels, texts):
@@ -96,13 +101,17 @@ def _objectives(
 
     @compile_
     def answer_loss(ids, labels, patches, text: int):
-        logits = llava(ids, image_features=llava.bridge(patches), logits_to_keep=text, check=False)
+        embeds = llava.decoder.embed(ids)
+        embeds = splice_image_features(embeds, ids, llava.bridge(patches), config.image_id, check=False)
+        phases = cos[: ids.shape[1]], sin[: ids.shape[1]]
+        logits = llava.decoder(embeds, phases=phases, logits_to_keep=text)
         return response_loss(logits, labels[:, -text:])
 
     @compile_
     def text_loss(ids):
         labels = torch.where(ids == tok.pad_id, -100, ids)
-        return response_loss(llava(ids), labels)
+        phases = cos[: ids.shape[1]], sin[: ids.shape[1]]
+        return response_loss(llava.decoder(llava.decoder.embed(ids), phases=phases), labels)
 
     def scenes_at(stage: Stage, step: int):
         number = [s.name for s in STAGES].index(stage.name)

@@ -20,7 +20,8 @@ from vlm_course.simulations.interactive import Frame, Simulation
 from vlm_course.worlds.scenes import COLOURS
 
 DOTS = {"red": "#d7191c", "green": "#1a9641", "blue": "#2b50d8", "yellow": "#e6c229", "black": "#111111",
-        "gray": "#8c8c8c", "teal": "#0f8f8a", "brown": "#8b4a2b"}  # fmt: skip
+        "gray": "#8c8c8c", "teal": "#0f8f8a", "brown": "#8b4a2b",
+        "orange": "#f58518", "purple": "#7a1fa2", "pink": "#ec60b0", "cyan": "#35dcf2"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ MAX_OBJECTS = 6
 GRID = 3  # objects sit in the cells of a 3 x 3 grid, so that they never hide each other
 
 SHAPES = ("circle", "rectangle", "triangle", "diamond", "cross", "star")
-COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "teal", "brown")
+COLOURS = (
+    "red", "green", "blue", "yellow", "black", "gray", "teal", "brown", "orange", "purple", "pink", "cyan"
+)  # fmt: skip
 SIZES = ("small", "large")
 RADIUS = ((6.5, 8.0), (11.5, 13.0))  # pixels, per size
 LARGEST_ALONE = 24.0  # a large object that is alone in its scene may be this big
@@ -44,6 +47,10 @@ _PALETTE = torch.tensor(
         [[128, 128, 128], [150, 150, 150]],
         [[0, 128, 128], [10, 150, 145]],
         [[165, 42, 42], [135, 75, 25]],
+        [[255, 140, 0], [245, 120, 30]],
+        [[128, 0, 160], [110, 40, 180]],
+        [[255, 105, 200], [240, 80, 170]],
+        [[0, 240, 255], [60, 215, 245]],
     ],
     dtype=torch.float32,
 ) / 255  # fmt: skip
@@ -75,6 +82,12 @@ def _outlines() -> Tensor:
 
 
 _OUTLINES = _outlines()
+
+
+@cache
+def _on(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Outlines, palette and radii on a device. Copied once: every copy would make the processor wait for the GPU."""
+    return _OUTLINES.to(device), _PALETTE.to(device), torch.tensor(RADIUS, device=device)
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,7 @@ class Scenes:
     @property
     def box(self) -> Tensor:
         """Exact bounding boxes, clipped to the image: [B, K, 4], xyxy in pixels."""
-        corners = _OUTLINES.to(self.device)[self.shape]  # [B, K, 12, 2]
+        corners = _on(self.device)[0][self.shape]  # [B, K, 12, 2]
         corners = corners * torch.where((self.shape == 1)[..., None], self.aspect, 1.0)[:, :, None]
         x, y = corners.unbind(-1)
         cos, sin = self.angle.cos()[..., None], self.angle.sin()[..., None]
@@ -139,8 +152,9 @@ class Scenes:
         ]
 
 
-def held_out_table(device=None) -> Tensor:
-    """True where a pair is kept out of training: [6 shapes, 8 colours] bool."""
+@cache
+def held_out_table(device="cpu") -> Tensor:
+    """True where a pair is kept out of training, [6 shapes, 12 colours] bool: one tensor a device."""
     table = torch.zeros(len(SHAPES), len(COLOURS), dtype=torch.bool)
     for shape, colour in HELD_OUT:
         table[SHAPES.index(shape), COLOURS.index(colour)] = True
@@ -177,6 +191,7 @@ def sample(
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     k, options = MAX_OBJECTS, {"generator": generator, "device": device}
+    _, palette, radii = _on(torch.device(device))
 
     count = torch.randint(least, most + 1, (n,), **options)
     present = torch.arange(k, device=device) < count[:, None]
@@ -197,7 +212,7 @@ def sample(
     cell = torch.rand(n, GRID * GRID, **options).topk(k, dim=1).indices
     cell = torch.where(present, cell, GRID * GRID).sort(1).values.clamp(max=GRID * GRID - 1)
     size = torch.randint(len(SIZES), (n, k), **options)
-    low, high = torch.tensor(RADIUS, device=device)[size].unbind(-1)  # [n, k]
+    low, high = radii[size].unbind(-1)  # [n, k]
     high = torch.where((count == 1)[:, None] & (size == 1), LARGEST_ALONE, high)
     radius = low + (high - low) * torch.rand(n, k, **options)
 
@@ -213,7 +228,7 @@ def sample(
     found = (centre / step).long()  # a lone object chose its place first, its cell follows
     cell = torch.where((count == 1)[:, None], found[..., 1] * GRID + found[..., 0], cell)
 
-    ends = _PALETTE.to(device)[colour]  # [n, k, 2 ends, 3]
+    ends = palette[colour]  # [n, k, 2 ends, 3]
     rgb = ends[..., 0, :] + (ends[..., 1, :] - ends[..., 0, :]) * torch.rand(n, k, 1, **options)
     rgb = (rgb + _uniform((n, k, 3), -0.03, 0.03, **options)).clamp(0, 1)
     light = _uniform((n, 1), 0.80, 1.0, **options)
