@@ -1,8 +1,12 @@
 """The catalog's records: a model is a set of facts, and every fact has a source, a day and a strength of evidence.
 
 The data lies in `data/*.json`, one file per family. A file has `sources`, {key: {where, evidence, checked}}, and
-`models`; a model's `facts` are {field: [value, source key]}. A model that is `like` another takes over every fact it
-does not state itself. What nobody could find a source for is absent, never guessed.
+`models`; a model's `facts` are {field: [value, source key]}. A model that is `like` another takes over kind, access
+and every fact that it does not state itself, but not the chapters: a chapter's table has one size of a family. What
+nobody could find a source for is absent, never guessed.
+
+To add a model: a row in a file of its family, with `build` where a library has the architecture. The tests recompute
+the counts that its facts state, and refuse a fact without a source.
 """
 
 from __future__ import annotations
@@ -156,7 +160,7 @@ def parse(document: Mapping[str, Any], known: Mapping[str, Model] | None = None)
             facts[name] = Fact(name, value, sources[key])
         for name in row.pop("without", ()):  # facts of the model it is like that do not hold here
             facts.pop(name)
-        for shared in ("kind", "access", "chapters"):
+        for shared in ("kind", "access"):
             if base and shared not in row:
                 row[shared] = getattr(models[base], shared)
         row["facts"] = {name: facts[name] for name in FIELDS if name in facts}

@@ -91,7 +91,7 @@ def _masks_without_values() -> Iterator[None]:
     from transformers import masking_utils
 
     before = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda *_: True
+    masking_utils.is_tracing = lambda *_: True  # as under a compiler, where values are not known either
     try:
         yield
     finally:
