@@ -526,9 +526,9 @@ print(f"learned factor: {small.contrastive.logit_scale.exp():.0f}")
 # %%
 from vlm_course.contrastive import sigmoid_loss
 
-for name, cosine in (("fitting", 1.0), ("unfitting", -1.0)):
+for name, cosine in (("fits", 1.0), ("does not fit", -1.0)):
     one = torch.tensor([[10.0 * cosine]])                                    # one image, one caption: [1, 1]
-    print(f"a {name} pair: CLIP's loss {contrastive_loss(one):.2f}   SigLIP's {sigmoid_loss(one - 10):.2f}")
+    print(f"a pair that {name}: CLIP's loss {contrastive_loss(one):.2f}   SigLIP's {sigmoid_loss(one - 10):.2f}")
 
 # %% [markdown] covers=["1-pattern-1"]
 # ## One vector, or one for each patch
@@ -562,23 +562,27 @@ with torch.inference_mode():
 
 # %% covers=["1-pattern-1"]
 names = [(colour, shape) for colour in scenes.COLOURS for shape in scenes.SHAPES]
-best = (images @ read([f"a {colour} {shape}" for colour, shape in names]).T).argmax(1)         # [120, E] x [E, n]
-colour, shape = best // len(scenes.SHAPES), best % len(scenes.SHAPES)
-right_colour = (colour == lone.of(lone.scenes.colour)).float().mean()
-right_shape = (shape == lone.of(lone.scenes.shape)).float().mean()
-print(f"{len(names)} names, none of them a training caption as it stands")
-print(f"colour right {right_colour:.2f} (chance {1 / len(scenes.COLOURS):.2f})   "
-      f"shape right {right_shape:.2f} (chance {1 / len(scenes.SHAPES):.2f})")
+for template in ("a {} {}", "a picture of a {} {}"):
+    best = (images @ read([template.format(*name) for name in names]).T).argmax(1)             # [120, E] x [E, n]
+    colour, shape = best // len(scenes.SHAPES), best % len(scenes.SHAPES)
+    right_colour = (colour == lone.of(lone.scenes.colour)).float().mean()
+    right_shape = (shape == lone.of(lone.scenes.shape)).float().mean()
+    print(f"{template.format('red', 'star'):24s} colour right {right_colour:.2f}   shape right {right_shape:.2f}")
+print(f"{len(names)} names; by chance {1 / len(scenes.COLOURS):.2f} and {1 / len(scenes.SHAPES):.2f}")
 
 # %% [markdown]
-# That is zero-shot classification: no classifier was trained, the names are the classifier. Now the *place*. The captions of the training name the row and the column of every object. Does the vector know them? Ask with nine captions that differ in the place alone; and fit a linear map from the vector to the object's centre.
+# That is zero-shot classification: no classifier was trained, the names are the classifier. How they are worded matters, for CLIP too (Radford et al. 2021, section 3.1.4): a longer frame that training never used costs this tower a good part.
+
+# %% [markdown] covers=["1-pattern-1"]
+# Now the *place*. The captions of the training name the row and the column of every object. Does the vector know them? Ask with nine captions that differ in the place alone; and fit a linear map from the vector to the object's centre.
 
 # %% covers=["1-pattern-1"]
 places = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 objects = [lone.scenes.describe(i)[0] for i in range(50)]
 nine = read([f"{thing} {place}," for thing in objects for place in places]).view(50, 9, -1)    # [50, 9, E]
 told = torch.einsum("ie,ike->ik", images[:50], nine).argmax(1) == lone.of(lone.scenes.cell)[:50]
-print(f"right place of nine, by captions: {told.float().mean():.2f}   by chance {1 / 9:.2f}")
+told = told.float().mean()
+print(f"right place of nine, by captions: {told:.2f}   by chance {1 / 9:.2f}")
 
 # %% locked="place" covers=["1-pattern-1"]
 train = 80                                               # scenes that fit the map; the other 40 judge it
@@ -587,7 +591,7 @@ from_vector = encoder_study.error_of_vectors(vectors, lone.centre, train=train)
 from_patches = encoder_study.error_of_tokens(states[-2][:, 1:], lone, train=train, patch_size=8)
 print(f"distance to the true centre, in pixels of 96: one vector {from_vector:.1f}, patches {from_patches:.1f}, "
       f"a fixed guess {fixed_guess:.1f}")
-assert from_patches < 6 and from_vector > 2 * from_patches
+assert from_patches < 6 and 2 * from_patches < from_vector < 0.6 * fixed_guess and told > 0.6
 
 # %%
 letter = "c" if from_vector > 0.9 * fixed_guess else "b" if from_vector > 2 * from_patches else "a"
@@ -595,7 +599,7 @@ reveal("p_1_3", letter, because=f"{from_vector:.1f} pixels from the vector, {fro
                                 f"{fixed_guess:.1f} from a fixed guess.")
 
 # %% [markdown]
-# The patches give the place to less than their own width, because they stand in order: a map with 192 weights says which of them lie in the object. The one vector keeps what matching needed, in whatever form. Where captions can be told apart by *what* is in a scene, *where* need not be learned, even if they name it.
+# The patches give the place to less than their own width, because they stand in order: a map with 192 weights says which of them lie in the object. The one vector knows the place roughly: the captions name one place of nine, so matching needs that, and no more.
 
 # %% [markdown] covers=["1-pattern-1"]
 # So a VLM takes all patches because it needs to know where things are. The lesson adds that pooling at the end *destroys* this, and that the layer before the last is used to come before it. That part can be tested: does the last layer's row of patches tell less?
@@ -704,20 +708,24 @@ figures.show(figure, "Two scenes of the course's world. Left: " + ", ".join(batc
 # %% [markdown]
 # ## Where it fails
 #
-# A contrastive tower learns what tells the captions of a batch apart, and no more. Take scenes with two objects and a caption in which the two have exchanged one property. Does the true caption win? Half the time it would by chance.
+# Two objects, and a false caption in which they have exchanged one property. Does the true caption win? And does it still, when it names the same two objects in the other order? Training always named them in reading order. By chance it is half.
 
-# %%
+# %% locked="failure"
 two = scenes.sample(48, generator=torch.Generator().manual_seed(31), objects=(2, 2))
 with torch.inference_mode():
-    pair_images = small.contrastive.encode_image(scenes.render(two, generator=torch.Generator().manual_seed(32)))
-    for kind in ("colour", "shape", "size", "place"):
-        other, rows = encoder_study.exchanged(two, kind)
-        texts = [small.contrastive.encode_text(dialogs.contrastive_texts(world)[rows]) for world in (two, other)]
-        true, false = ((pair_images[rows] * text).sum(1) for text in texts)                  # cosines, [n]
-        print(f"{kind:7s} exchanged: the true caption wins {(true > false).float().mean():.2f} of {len(rows)}")
+    shown = small.contrastive.encode_image(scenes.render(two, generator=torch.Generator().manual_seed(32)))   # [48, E]
+named = [encoder_study.placed_objects(two, i) for i in range(48)]
+true, reordered = ((shown * read([" ".join(objects[::step]) for objects in named])).sum(1) for step in (1, -1))
+wins = []
+for kind in ("colour", "shape", "size", "place"):
+    other, rows = encoder_study.exchanged(two, kind)
+    false = (shown * read([" ".join(encoder_study.placed_objects(other, i)) for i in range(48)])).sum(1)      # [48]
+    wins.append([(score > false)[rows].float().mean().item() for score in (true, reordered)])
+    print(f"{kind:7s} exchanged: true caption wins {wins[-1][0]:.2f}, in the other order {wins[-1][1]:.2f} of {len(rows)}")
+assert all(usual > 0.8 and other < 0.75 for usual, other in wins)
 
 # %% [markdown]
-# CLIP is known for such gaps: it often cannot tell "a red cube on a blue ball" from its exchange (Yuksekgonul et al. 2023). Which gaps a tower has depends on its captions and batches, and a VLM that reads only the vector inherits them. The patches, as you saw, still had the place.
+# The other order says the same, and for this tower it fits no better than a lie. It learned its captions' form along with their content. CLIP has gaps of this kind: it often cannot tell a caption from one with exchanged words (Yuksekgonul et al. 2023, section 2). A VLM that reads patches does not inherit the text tower; it inherits only what the patches know.
 
 # %% [markdown] covers=["1-check-1"]
 # ## Check question

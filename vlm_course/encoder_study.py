@@ -14,7 +14,9 @@ from torch import Tensor
 
 from vlm_course.contrastive import ContrastiveModel, contrastive_logits, contrastive_loss
 from vlm_course.validation import require_shape
-from vlm_course.worlds.scenes import IMAGE_SIZE, Scenes, render, sample
+from vlm_course.worlds.scenes import COLOURS, GRID, IMAGE_SIZE, SHAPES, SIZES, Scenes, render, sample
+
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ def exchanged(scenes: Scenes, kind: str) -> tuple[Scenes, Tensor]:
         new[name][row, first], new[name][row, second] = value[row, second], value[row, first]
         changed |= (new[name] != value).any(1)
     return replace(scenes, **new), changed.nonzero()[:, 0]
+
+
+def placed_objects(scenes: Scenes, row: int) -> list[str]:
+    """The objects of one scene as the contrastive captions name them, in reading order: "large red star top left,"."""
+    found = []
+    for slot in scenes.present[row].nonzero()[:, 0].tolist():
+        size, colour, shape, cell = (getattr(scenes, name)[row, slot] for name in ("size", "colour", "shape", "cell"))
+        place = f"{ROWS[cell // GRID]} {COLUMNS[cell % GRID]}"
+        found.append(f"{SIZES[size]} {COLOURS[colour]} {SHAPES[shape]} {place},")
+    return found
 
 
 def patch_centres(patch_size: int) -> Tensor:

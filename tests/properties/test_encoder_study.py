@@ -84,3 +84,14 @@ def test_exchanging_touches_one_property_of_the_two_objects():
     assert torch.equal(moved.cell, scenes.cell) and len(rows) > 15
     with pytest.raises(ValueError, match="expected 2"):
         encoder_study.exchanged(sample(2, generator=torch.Generator().manual_seed(3), objects=(3, 3)), "size")
+
+
+def test_objects_are_named_as_the_training_captions_name_them():
+    from vlm_course.tokenizer import WordTokenizer
+    from vlm_course.worlds.dialogs import Dialogs
+    from vlm_course.worlds.scenes import sample
+
+    tokenizer = WordTokenizer.small()
+    scenes = sample(12, generator=torch.Generator().manual_seed(4))
+    for row, ids in enumerate(Dialogs(tokenizer).contrastive_texts(scenes)):
+        assert " ".join(encoder_study.placed_objects(scenes, row)) == tokenizer.decode(ids)
