@@ -207,7 +207,7 @@ def _draw_mask(ax, experiment: FusionExperiment, reading: Reading) -> None:
 
 
 def _draw_attention(ax, reading: Reading) -> None:
-    ax.imshow(reading.attention.clamp(min=1e-4).log10(), cmap=figures.SEQUENTIAL, vmin=-4, vmax=0,
+    ax.imshow(reading.attention.clamp(min=1e-4).log10().numpy(), cmap=figures.SEQUENTIAL, vmin=-4, vmax=0,
               interpolation="nearest", aspect="auto")  # fmt: skip
     ax.set(title="Does read (log scale)", xlabel=_keys(reading), yticks=[])
 
