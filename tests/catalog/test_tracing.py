@@ -140,7 +140,7 @@ def test_what_cannot_be_traced_is_one_sentence_and_exit_code_2(name, sentence):
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("name", ["llava-1.5-13b", "openvla-7b", "internvl-2.5-78b"])
+@pytest.mark.parametrize("name", ["llava-1.5-13b", "openvla-7b", "qwen2.5-vl-72b"])
 def test_the_largest_trace_in_10_seconds_and_2_gigabytes(name):
     # seconds of processor, so that a busy machine does not decide; alone they are the seconds on the clock
     child = subprocess.Popen(
