@@ -6,37 +6,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_course.validation import checks
+from vlm_course.validation import checks, counts, require_shape
 
 
+@counts(length=0, offset=0)
 def causal_mask(length: int, *, offset: int = 0, device: torch.device | str | None = None) -> Tensor:
     """Each query sees its own position and all earlier ones.
 
     `offset` is the number of keys that lie before the first query, as in a KV cache: the last query always sees the
     last key (bottom-right alignment). Returns [length, offset + length].
     """
-    if length < 0 or offset < 0:
-        raise ValueError(f"length is {length} and offset is {offset}; both count tokens, so neither can be negative")
     queries = torch.arange(offset, offset + length, device=device)
     keys = torch.arange(offset + length, device=device)
     return keys[None, :] <= queries[:, None]  # [length, offset + length]
 
 
+@checks(lambda attention_mask: require_shape(attention_mask, "attention_mask", "batch keys", floating=None))
 def padding_mask(attention_mask: Tensor) -> Tensor:
     """Hides padded keys: [B, S] with 1 or True for real tokens -> [B, 1, 1, S]. It hides no future: AND it with
     `causal_mask`, never put it in its place."""
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, keys]")
     return attention_mask.bool()[:, None, None, :]  # [B, S] -> [B, 1, 1, S]
 
 
 def _prefix_rule(lengths, length):
-    if lengths.dim() != 1:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, expected [batch]: one prefix length per row")
-    if length < 1:
-        raise ValueError(f"length is {length}, but a sequence has at least one token")
+    require_shape(lengths, "lengths", "batch", floating=False, hint="one prefix length per row")
 
 
+@counts(length=1)
 @checks(_prefix_rule)
 def prefix_mask(lengths: Tensor, length: int) -> Tensor:
     """Causal, but the first `lengths[b]` tokens (an image and its question, as in PaliGemma) see each other fully.
@@ -47,25 +43,32 @@ def prefix_mask(lengths: Tensor, length: int) -> Tensor:
     return causal_mask(length, device=lengths.device) | in_prefix[:, None, None, :]  # [B, 1, T, T]
 
 
+def _block_rule(documents, *, causal=True):
+    require_shape(documents, "documents", "batch tokens", floating=False)
+
+
+@checks(_block_rule)
 def block_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
     """Several documents packed in one row: a token sees only tokens with its own document number.
 
     documents [B, T] integers, a negative number marks padding (which sees nothing and is not seen)
     -> [B, 1, T, T]. Source: NaViT (Dehghani et al. 2023), section 2.1, with `causal=False` for image patches.
     """
-    if documents.dim() != 2:
-        raise ValueError(f"documents has shape {tuple(documents.shape)}, expected [batch, tokens]")
     same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]  # [B, T, T]
     if causal:
         same = same & causal_mask(documents.shape[1], device=documents.device)
     return same[:, None]  # [B, T, T] -> [B, 1, T, T]
 
 
+def _media_rule(media, tokens_per_image):
+    require_shape(media, "media", "batch tokens images", floating=None)
+
+
+@counts(tokens_per_image=1)
+@checks(_media_rule)
 def media_attention_mask(media: Tensor, tokens_per_image: int) -> Tensor:
     """Which visual tokens a text token may read: [B, T, n_images] from `fusion.media_mask` ->
     [B, 1, T, n_images * tokens_per_image]."""
-    if media.dim() != 3:
-        raise ValueError(f"media has shape {tuple(media.shape)}, expected [batch, tokens, images]")
     return media.bool().repeat_interleave(tokens_per_image, dim=-1)[:, None]
 
 
@@ -73,8 +76,8 @@ def _attend_rule(q, k, v, *, mask=None, is_causal=False):
     if q.dim() != 4 or k.dim() != 4 or k.shape[:-1] != v.shape[:-1]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"expected [batch, heads, tokens, head_dim] with as many keys as values, but got {shapes}")
-    if q.shape[0] != k.shape[0] or 0 in q.shape or 0 in k.shape:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
+    if q.shape[0] != k.shape[0] or 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"expected the same batch for queries and keys, and no axis of size 0, but got {shapes}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: expected one device")
@@ -116,6 +119,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_ca
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 
+@checks(lambda q, k, *, mask=None: _attend_rule(q, k, k, mask=mask))
 def attention_weights(q: Tensor, k: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The softmax that `attend` never shows: q [B, H, T, d], k [B, H, S, d] -> rows that sum to one, [B, H, T, S].
 

@@ -8,8 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_course.attention import attend
+from vlm_course.validation import (
+    checks,
+    counts,
+    method_checks,
+    readable,
+    require_count,
+    require_number,
+    require_same_device,
+    require_shape,
+    takes,
+)
 
 
+@counts(vocab_size=1, width=1, layers=1, heads=1, kv_heads=1, mlp_width=1, head_dim=2, max_positions=1)
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of a decoder. `kv_heads` divides `heads`; `head_dim` defaults to width / heads."""
@@ -27,6 +39,8 @@ class DecoderConfig:
     max_positions: int = 2048
 
     def __post_init__(self):
+        require_number(self.rope_theta, "rope_theta", above=0)
+        require_number(self.norm_eps, "norm_eps", low=0)
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key heads: not a multiple")
         if self.head_dim is None:
@@ -37,6 +51,24 @@ class DecoderConfig:
             raise ValueError(f"head_dim is {self.head_dim}, but rotary positions turn pairs: it must be even")
 
 
+def _last_axis(weight, width):
+    """A rule for modules that take any axes before the last."""
+
+    def rule(self, x):
+        w = weight(self)
+        if x.shape[-1:] != (width(self),) or x.device != w.device or 0 in x.shape:
+            require_shape(x, "x", " ".join(f"axis{i}" for i in range(x.dim() - 1)) + " dim", dim=width(self))
+            require_same_device(x=x, **{"the module": w})
+
+    return rule
+
+
+def _check_eps(self, dim, eps=1e-5):
+    require_number(eps, "eps", low=0)
+
+
+@counts(dim=1)
+@checks(_last_axis(lambda self: self.weight, lambda self: self.weight.shape[0]), init=_check_eps)
 class RMSNorm(nn.Module):
     """Divides by the root mean square over the last axis, computed in float32. Zhang & Sennrich 2019, equation 4."""
 
@@ -51,6 +83,8 @@ class RMSNorm(nn.Module):
         return self.weight * (x.float() * scale).to(x.dtype)
 
 
+@counts(dim=1, hidden=1)
+@checks(_last_axis(lambda self: self.gate.weight, lambda self: self.gate.in_features))
 class SwiGLU(nn.Module):
     """Gated feed-forward layer, silu(gate(x)) * up(x), then down. Shazeer 2020, equation 6."""
 
@@ -65,6 +99,19 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def _check_phases(positions, head_dim, theta=10000.0):
+    if positions.dim() not in (1, 2) or 0 in positions.shape:
+        shape = list(positions.shape)
+        raise ValueError(
+            f"positions has {positions.dim()} dimensions {shape}, expected 1 or 2, [T] or [B, T], none of size 0"
+        )
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}, but rotary positions turn pairs: expected an even number")
+    require_number(theta, "theta", above=0)
+
+
+@counts(head_dim=2)
+@checks(_check_phases)
 def rotary_phases(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle: positions [T] or [B, T] -> two float32 tensors [T or B x 1 x T, head_dim / 2].
 
@@ -78,6 +125,21 @@ def rotary_phases(positions: Tensor, head_dim: int, theta: float = 10000.0) -> t
     return angles.cos(), angles.sin()
 
 
+def _check_rotary(x, cos, sin):
+    pairs = cos.shape[-1:]
+    fits = x.dim() == 4 and cos.shape == sin.shape and 0 not in x.shape and (2 * sum(pairs) == x.shape[-1])
+    for have, need in zip(reversed(cos.shape[:-1]), reversed(x.shape[:-1]), strict=False):
+        fits = fits and have in (1, need)
+    if not fits or cos.dim() > 4:
+        shapes = f"x {tuple(x.shape)} of {x.dim()} dimensions, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+        raise ValueError(
+            f"{shapes}: expected x [B, H, T, d], no axis of size 0, and angles that broadcast to [B, H, T, d / 2]"
+        )
+    if not x.device == cos.device == sin.device:
+        raise ValueError(f"x is on {x.device}, cos on {cos.device}, sin on {sin.device}: expected one device")
+
+
+@checks(_check_rotary)
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x[i], x[i + head_dim / 2]) by their angles: [B, H, T, d] -> [B, H, T, d].
 
@@ -88,6 +150,38 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
+def _check_update(self, layer, keys, values):
+    require_count(layer, "layer", 0)
+    if layer >= len(self._buffers):
+        raise ValueError(f"layer is {layer}, but the cache has {len(self._buffers)} layers")
+    if keys.dim() != 4 or keys.shape != values.shape or 0 in (*keys.shape[:2], keys.shape[3]):
+        shapes = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+        raise ValueError(f"{shapes}: expected [B, H, T, d] for both, none but T of size 0")
+    stored = self._buffers[layer]
+    if stored is not None:
+        held, new = stored[0].shape, keys.shape
+        if held[:2] != new[:2] or held[3] != new[3]:
+            raise ValueError(
+                f"keys are {tuple(new)}, but the cache holds {tuple(held)}: expected its rows, heads and width"
+            )
+        if stored[0].device != keys.device:
+            raise ValueError(f"keys are on {keys.device}, but the cache is on {stored[0].device}")
+    if keys.device != values.device:
+        raise ValueError(f"keys are on {keys.device}, but the values are on {values.device}")
+
+
+def _check_select(self, rows, *, room=0):
+    require_shape(rows, "rows", "n", floating=False)
+    require_count(room, "room", 0)
+    batch = next((len(stored[0]) for stored in self._buffers if stored is not None), None)
+    if batch is not None and readable(rows) and rows.device.type == "cpu":  # elsewhere a look would wait for the device
+        low, high = (int(end) for end in rows.aminmax())
+        if low < 0 or high >= batch:
+            raise ValueError(f"rows run from {low} to {high}, expected 0 to {batch - 1}: the cache holds {batch} rows")
+
+
+@method_checks(update=_check_update, select=_check_select)
+@counts(layers=1, capacity=0)
 class KVCache:
     """Keys and values of the tokens seen so far, one growing buffer per layer. For inference: writes are in place.
 
@@ -132,6 +226,20 @@ class KVCache:
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
 
+def _check_config(self, config):
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"config is a {type(config).__name__}, expected a DecoderConfig")
+
+
+_EMBEDS = takes("B T D", lambda self: self.query.weight, width=lambda self: self.query.in_features)
+
+
+@counts(layer=0)
+def _check_layer(self, x, phases, mask, cache, layer):
+    _EMBEDS(self, x)
+
+
+@checks(_check_layer, init=_check_config)
 class SelfAttention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries (Ainslie et al. 2023, section 2.2)."""
 
@@ -157,6 +265,12 @@ class SelfAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))  # [B, H, T, d] -> [B, T, D]
 
 
+@counts(layer=0)
+def _check_block(self, x, phases, mask, cache, layer):
+    _EMBEDS(self.attention, x)
+
+
+@checks(_check_block, init=_check_config)
 class DecoderBlock(nn.Module):
     """Pre-norm block: attention, then the feed-forward layer, each added to the residual stream."""
 
@@ -173,6 +287,31 @@ class DecoderBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def _check_ids(self, ids):
+    require_shape(ids, "ids", "B T", floating=False)
+    require_same_device(ids=ids, **{"the embedding": self.token_embedding.weight})
+    if readable(ids) and ids.device.type == "cpu":  # elsewhere a look would wait for the device
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            words = self.config.vocab_size
+            raise ValueError(
+                f"ids run from {low} to {high}, expected 0 to {words - 1}: the vocabulary has {words} words"
+            )
+
+
+def _check_embeds(self, embeds, *, positions=None, logits_to_keep=0, **rest):
+    require_shape(embeds, "embeds", "B T D", D=self.config.width, hint="does the bridge end in another width?")
+    require_same_device(embeds=embeds, **{"the decoder": self.norm.weight})
+    require_count(logits_to_keep, "logits_to_keep", 0)
+    if positions is not None:
+        if positions.shape not in (embeds.shape[1:2], embeds.shape[:2]):
+            shape = tuple(positions.shape)
+            raise ValueError(f"positions are {shape}, expected {tuple(embeds.shape[1:2])} or {tuple(embeds.shape[:2])}")
+        require_same_device(embeds=embeds, positions=positions)
+
+
+@method_checks(embed=_check_ids)
+@checks(_check_embeds, init=_check_config)
 class Decoder(nn.Module):
     """Token embeddings, blocks, a final norm and the head. Source: Llama (Touvron et al. 2023), section 2.2."""
 

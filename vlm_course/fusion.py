@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm_course.attention import attend, media_attention_mask
-from vlm_course.validation import checks, checks_on_request, require_shape
+from vlm_course.validation import checks, checks_on_request, counts, require_same_device, require_shape
 
 
 def _cause(placeholders: int, features: int) -> str:
@@ -27,25 +27,29 @@ def _cause(placeholders: int, features: int) -> str:
 def _splice_rule(embeds, ids, features, image_id, *, check):
     """Compares the placeholders of every row with the features. This reads values back from the device, so training
     passes `check=False`, and a compiled graph or the meta device never does it."""
-    if embeds.shape[:2] != ids.shape or features.dim() != 3 or features.shape[-1] != embeds.shape[-1]:
+    ranks = (embeds.dim(), ids.dim(), features.dim()) == (3, 2, 3)
+    if not ranks or embeds.shape[:2] != ids.shape or features.shape[-1] != embeds.shape[-1]:
         raise ValueError(
             f"embeds {tuple(embeds.shape)}, ids {tuple(ids.shape)}, features {tuple(features.shape)}: expected "
             "[B, T, D], [B, T] and [images, M, D]; does the bridge end in another width than the language model's?"
         )
+    if 0 in embeds.shape or 0 in features.shape:
+        raise ValueError(f"embeds {tuple(embeds.shape)}, features {tuple(features.shape)}: expected no axis of size 0")
+    require_same_device(embeds=embeds, ids=ids, features=features)
     if not check or ids.is_meta or torch.compiler.is_compiling():
         return
     images, per_image = features.shape[:2]
-    counts = (ids == image_id).sum(dim=1).tolist()
-    for row, count in enumerate(counts):
+    found = (ids == image_id).sum(dim=1).tolist()
+    for row, count in enumerate(found):
         if count % per_image:
             raise ValueError(
                 f"image has {count} placeholders but the tower gave {per_image} features (row {row}): "
                 + _cause(count, per_image)
             )
-    if sum(counts) != images * per_image:
+    if sum(found) != images * per_image:
         raise ValueError(
-            f"the batch has {sum(counts)} placeholders but the tower gave {images} x {per_image} = "
-            f"{images * per_image} features: {_cause(sum(counts), images * per_image)}"
+            f"the batch has {sum(found)} placeholders but the tower gave {images} x {per_image} = "
+            f"{images * per_image} features: {_cause(sum(found), images * per_image)}"
         )
 
 
@@ -64,10 +68,9 @@ def splice_image_features(embeds: Tensor, ids: Tensor, features: Tensor, image_i
     return torch.where(is_image[..., None], chosen.to(embeds.dtype), embeds)
 
 
+@counts(image_id=0, count=1)
 def expand_image_placeholder(ids: list[int], image_id: int, count: int) -> list[int]:
     """Repeats every <image> `count` times, one placeholder per visual token. Apply it once, before padding."""
-    if count < 1:
-        raise ValueError(f"count is {count}, but an image takes at least one placeholder")
     return [token for token in ids for _ in range(count if token == image_id else 1)]
 
 
@@ -79,6 +82,7 @@ def _media_mask_rule(ids, image_id, n_images):
             raise ValueError(f"a row has {most} image tokens but n_images is {n_images}: was <image> expanded already?")
 
 
+@counts(image_id=0, n_images=1)
 @checks(_media_mask_rule)
 def media_mask(ids: Tensor, image_id: int, n_images: int) -> Tensor:
     """Which image each token reads: the last one before it (an <image> reads itself), none before the first.
@@ -91,6 +95,8 @@ def media_mask(ids: Tensor, image_id: int, n_images: int) -> Tensor:
     return seen[:, :, None] == numbers  # [B, T] -> [B, T, n_images]
 
 
+@counts(image_id=0, n_images=1, eos_id=0)
+@checks(lambda ids, image_id, n_images, eos_id: _media_mask_rule(ids, image_id, n_images))
 def packed_media_mask(ids: Tensor, image_id: int, n_images: int, eos_id: int) -> Tensor:
     """`media_mask` for rows that hold several documents: behind <eos> no image is seen until the next <image>.
 
@@ -115,8 +121,10 @@ def _cross_attention_rule(self, text, media, mask):
     require_shape(text, "text", "B T D", D=self.to_q.in_features, hint=hint)
     require_shape(media, "media", "B I M D", B=text.shape[0], D=self.to_k.in_features, hint=hint)
     require_shape(mask, "mask", "B T I", B=text.shape[0], T=text.shape[1], I=media.shape[1], floating=None)
+    require_same_device(text=text, media=media, mask=mask, **{"the block": self.attention_gate})
 
 
+@counts(dim=1, media_dim=1, heads=1, head_dim=1)
 @checks(_cross_attention_rule)
 class GatedCrossAttention(nn.Module):
     """Text reads images through cross-attention; both sub-layers pass a tanh gate that starts at zero, so a new block

@@ -14,34 +14,56 @@ from vlm_course.decoder import (
     rotary_phases,
 )
 from vlm_course.llava import Llava
+from vlm_course.validation import checks, counts, require_number, require_shape
 
 
+def _check_top_p(probabilities, top_p):
+    if probabilities.dim() < 1 or 0 in probabilities.shape:
+        raise ValueError(f"probabilities are {list(probabilities.shape)}, expected [..., V], no axis of size 0")
+    require_number(top_p, "top_p", high=1, above=0)
+
+
+@checks(_check_top_p)
 def top_p_filter(probabilities: Tensor, top_p: float) -> Tensor:
     """Keeps the fewest most likely tokens whose probability reaches `top_p`, the one that crosses it included.
 
     [..., V] -> [..., V], renormalised to sum to one. Source: Holtzman et al. 2020, section 3.1.
     """
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}, but it is a probability in (0, 1]")
     ordered, order = probabilities.sort(dim=-1, descending=True)
     before = ordered.cumsum(dim=-1) - ordered  # what the more likely tokens already cover
     kept = torch.zeros_like(probabilities).scatter(-1, order, ordered * (before < top_p))
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
+def _check_choice(logits, *, temperature=0.0, top_p=1.0, generator=None):
+    require_shape(logits, "logits", "B V")
+    require_number(temperature, "temperature", low=0)
+    require_number(top_p, "top_p", high=1, above=0)
+
+
+@checks(_check_choice)
 def choose_token(
     logits: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """logits [B, V] -> ids [B]. Temperature 0 takes the best token; otherwise the temperature is applied first and
     top-p is taken of the distribution that it makes."""
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, but it cannot be negative")
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / temperature).softmax(dim=-1)
     return torch.multinomial(top_p_filter(probabilities, top_p), 1, generator=generator)[:, 0]
 
 
+def _check_prompt(model, ids, pixels=None, *, attention_mask=None, temperature=0.0, top_p=1.0, **rest):
+    require_shape(ids, "ids", "B T", floating=False)
+    for name, value in (("pixels", pixels), ("attention_mask", attention_mask)):
+        if value is not None and value.device != ids.device:
+            raise ValueError(f"{name} is on {value.device}, but the ids are on {ids.device}")
+    require_number(temperature, "temperature", low=0)
+    require_number(top_p, "top_p", high=1, above=0)
+
+
+@counts(max_new_tokens=1)
+@checks(lambda model, ids, pixels, max_new_tokens: _check_prompt(model, ids, pixels))
 @torch.no_grad()
 def greedy_generate(model, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> Tensor:
     """`generate` at its simplest: the best token each time, no padding, no early end.
@@ -110,6 +132,8 @@ class _CachedStep:
         return F.linear(F.rms_norm(x, width, self.norm, eps), self.head)  # [B, D] -> [B, V]
 
 
+@counts(max_new_tokens=1, eos_id=0)
+@checks(_check_prompt)
 @torch.no_grad()
 def generate(
     model,
@@ -132,8 +156,6 @@ def generate(
     `use_cache=False` runs the whole sequence again for every token and gives the same answer.
     With `eos_id=None` nothing ends early.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, but at least one token must be asked for")
     if pixels is not None:
         if image_features is not None:
             raise ValueError("got both pixels and image_features: pass the images once")

@@ -8,11 +8,13 @@ from vlm_course.attention import causal_mask, padding_mask
 from vlm_course.bridges import LinearBridge, VisionProjection
 from vlm_course.decoder import Decoder, DecoderConfig, KVCache
 from vlm_course.fusion import splice_image_features
+from vlm_course.validation import checks, counts
 from vlm_course.vit import VisionTransformer, ViTConfig
 
 _BRIDGES = {"mlp": VisionProjection, "linear": LinearBridge}
 
 
+@counts(image_id=0, visual_tokens=1)
 @dataclass(frozen=True)
 class LlavaConfig:
     """A model's parts. `visual_tokens` is the number of placeholders an image takes (default: one per patch)."""
@@ -27,6 +29,9 @@ class LlavaConfig:
     def __post_init__(self):
         if self.bridge not in _BRIDGES:
             raise ValueError(f"bridge is {self.bridge!r}, known are {', '.join(_BRIDGES)}; or pass a module to Llava")
+        states = self.vision.layers + 1
+        if not -states <= self.feature_layer < states:
+            raise ValueError(f"feature_layer is {self.feature_layer}, but the tower has {states} hidden states")
         if self.visual_tokens is None:
             object.__setattr__(self, "visual_tokens", self.vision.n_patches)
         if not 0 <= self.image_id < self.text.vocab_size:
@@ -55,6 +60,7 @@ LLAVA_13B = LlavaConfig(
 )
 
 
+@counts(vocab_size=1, image_id=0)
 def small_config(vocab_size: int, *, image_id: int = 3) -> LlavaConfig:
     """The shipped model's architecture for a vocabulary of `vocab_size` words."""
     return LlavaConfig(
@@ -69,6 +75,18 @@ def small_config(vocab_size: int, *, image_id: int = 3) -> LlavaConfig:
 SMALL = small_config(404)  # the words of WordTokenizer.small()
 
 
+def _check_config(self, config, *, bridge=None):
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(f"config is a {type(config).__name__}, expected a LlavaConfig")
+
+
+def _check_inputs(self, ids, pixels=None, *, attention_mask=None, **rest):
+    for name, value in (("pixels", pixels), ("attention_mask", attention_mask)):
+        if value is not None and value.device != ids.device:
+            raise ValueError(f"{name} is on {value.device}, but the ids are on {ids.device}")
+
+
+@checks(_check_inputs, init=_check_config)
 class Llava(nn.Module):
     """image -> vision tower -> bridge -> spliced at <image> into the token embeddings -> decoder -> logits.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_course.validation import checks
+from vlm_course.validation import checks, counts, readable, require_count, require_same_device
 
 
 def _loss_rule(logits, labels, ignore=-100, count=None):
@@ -15,6 +15,17 @@ def _loss_rule(logits, labels, ignore=-100, count=None):
             f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}, expected [B, T, V] and [B, T]: "
             "pass both unshifted, the loss shifts them itself"
         )
+    if 0 in logits.shape:
+        raise ValueError(f"logits are {tuple(logits.shape)}, expected no axis of size 0")
+    require_same_device(logits=logits, labels=labels)
+    if count is not None and not isinstance(count, Tensor):
+        require_count(count, "count")
+    if readable(labels) and labels.device.type == "cpu":  # elsewhere a look would wait for the device
+        beyond = labels[(labels != ignore) & ((labels < 0) | (labels >= logits.shape[-1]))]
+        if len(beyond):
+            raise ValueError(
+                f"a label is {int(beyond[0])}, expected 0 to {logits.shape[-1] - 1}, or {ignore} to ignore it"
+            )
     # Who passes a count has counted. Otherwise look, unless the values are out of reach.
     look = count is None and not (labels.is_meta or torch.compiler.is_compiling())
     if look and bool((labels[:, 1:] == ignore).all()):
@@ -45,7 +56,10 @@ def _instruction_rule(log_probs, mask):
             f"log_probs are {tuple(log_probs.shape)} and the mask is {tuple(mask.shape)}, expected [N] and [N]: "
             "one number a token of one sequence"
         )
-    if not mask.any():
+    if len(mask) == 0:
+        raise ValueError("log_probs are (0,): 0 tokens, expected at least 1")
+    require_same_device(log_probs=log_probs, mask=mask)
+    if readable(mask) and not mask.any():
         raise ValueError(f"0 of {len(mask)} tokens are in the response: there is nothing to learn from")
 
 
@@ -80,6 +94,7 @@ def _division_rule(context_tokens, response_tokens):
         )
 
 
+@counts(context_tokens=0, response_tokens=1)
 @checks(_division_rule)
 def division_factor(context_tokens: int, response_tokens: int) -> float:
     """The loss divided by the length of the whole sequence, over the loss divided by that of the response."""

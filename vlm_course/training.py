@@ -115,6 +115,12 @@ def freeze_all_but(model: nn.Module, trains: Iterable[str]) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def _check_learning(model: nn.Module, stage: Stage) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("0 parameters of the model learn, expected at least 1: call freeze_all_but first")
+
+
+@checks(_check_learning)
 def parameter_groups(model: nn.Module, stage: Stage) -> list[dict]:
     """Optimizer groups of the parameters that learn: one for each rate, with and without weight decay.
 

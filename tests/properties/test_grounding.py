@@ -317,7 +317,7 @@ def test_bad_numbers_are_refused_with_both_sides(make, words):
 
 def test_two_devices_are_refused():
     # A meta tensor stands for another device; it has no values to check.
-    with pytest.raises(ValueError, match="cpu.*meta"):
+    with pytest.raises(ValueError, match=r"cpu.*meta"):
         box_iou(BOX, META)
 
 

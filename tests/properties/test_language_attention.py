@@ -90,7 +90,7 @@ def test_prefix_and_block_masks():
 def test_padding_mask_hides_keys_for_every_query():
     mask = padding_mask(torch.tensor([[0, 1, 1]]))
     assert mask.shape == (1, 1, 1, 3) and mask.flatten().tolist() == [False, True, True]
-    with pytest.raises(ValueError, match=r"expected \[batch, keys\]"):
+    with pytest.raises(ValueError, match=r"1 dimensions \[3\], expected 2 \[batch, keys\]"):
         padding_mask(torch.ones(3))
 
 

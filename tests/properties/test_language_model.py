@@ -246,7 +246,7 @@ def test_generation_ends_with_eos_and_never_writes_an_image(model):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"attention_mask": torch.tensor([[1] * 10 + [0]] * 3)}, "pad on the left"),
         ({"attention_mask": torch.ones(3, 4)}, r"attention_mask is \(3, 4\) but ids are \(3, 11\)"),
-        ({"temperature": -1.0}, "cannot be negative"),
+        ({"temperature": -1.0}, "temperature is -1.0.*from 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
     ],
 )
@@ -344,7 +344,7 @@ def test_errors_name_both_numbers(model):
         model(ids, pixels, image_features=torch.zeros(3, N, 24))
     with pytest.raises(ValueError, match="65 tokens do not fit in max_positions=64"):
         model(torch.full((1, 65), 7))
-    with pytest.raises(ValueError, match=r"takes \[batch, tokens, 24\], got \(1, 2, 16\)"):
+    with pytest.raises(ValueError, match=r"D = 16 .*expected 24"):
         model.decoder(torch.zeros(1, 2, 16))
     with pytest.raises(ValueError, match="image_id 64 is outside the vocabulary of 64"):
         LlavaConfig(vision=VISION, text=TEXT, image_id=64)
