@@ -154,7 +154,7 @@ class RowByRow(Variant):
             own = ids[row, kept]
             count = int((own == self.config.image_id).sum()) // self.config.visual_tokens
             visual = self.bridge(patches(self, pixels[start : start + count]))
-            embeds = self.decoder.embed(own)
+            embeds = self.decoder.embed(own[None])[0]  # [1, n] -> [n, D]
             embeds[own == self.config.image_id] = visual.flatten(0, 1)
             out[row, kept] = self.decoder(embeds[None])[0]
             start += count
