@@ -753,7 +753,7 @@ from vlm_course.studies.rerun import rerun
 rerun("hallucination")
 
 # %% [markdown] covers=["3-adversarial-1"]
-# What does this show? One architecture, the same in all rows, gives different rates: the training data and the sharpness of the image decide. It does not show that architecture never matters, and it leaves out causes that real models have, such as captions that describe more than the image holds.
+# What can this show? The architecture is the same in all rows. Where the rates differ, it is the training data or the sharpness of the image that decides. It does not show that architecture never matters, and it leaves out causes that real models have, such as captions that describe more than the image holds.
 
 # %% [markdown] covers=["3-check-1"]
 # ## Check question

@@ -165,13 +165,19 @@ def test_readme_files_exist():
 
 
 def test_readme_chapters_are_the_chapters():
-    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| (\d*) ?\| (finished|planned) \|$", README, flags=re.MULTILINE)
+    from vlm_course.studies.common import load_results
+
+    states = "finished|studies rehearsed|planned"
+    rows = re.findall(rf"^\| (\d+) \| ([^|]+) \| (\d*) ?\| ({states}) \|$", README, flags=re.MULTILINE)
     assert [int(row[0]) for row in rows] == list(range(10))
     sources = {int(file.name[:2]): file.read_text() for file in sorted((ROOT / "solutions").glob("[0-9][0-9]_*.py"))}
-    assert {int(row[0]) for row in rows if row[3] == "finished"} == set(sources)
+    assert {int(row[0]) for row in rows if row[3] != "planned"} == set(sources)
     for number, title, minutes, state in rows:
-        if state == "finished":
+        if state != "planned":
             text = sources[int(number)]
+            studies = re.findall(r'load_results\("([\w-]+)"\)', text)
+            rehearsed = any(load_results(name).rehearsal for name in studies)
+            assert rehearsed == (state == "studies rehearsed"), f"chapter {number}: {studies}"
             assert re.search(rf"^# # (Chapter )?{number}[.:] {re.escape(title)}$", text, flags=re.MULTILINE)
             assert re.search(rf"[Aa]bout {minutes} minutes", text), f"chapter {number} names another time than README"
         else:

@@ -6,7 +6,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vlm_course import chat
 from vlm_course.loss import division_factor, response_loss
-from vlm_course.studies.common import DATA, load_results, tiny_llava
+from vlm_course.studies.common import load_results, tiny_llava
 
 IMAGE, M = 199, 16
 
@@ -39,9 +39,10 @@ def ids():
 
 @pytest.fixture(scope="module")
 def study():
-    if not (DATA / "instruction-mix.json").is_file():
-        pytest.skip("the study instruction-mix has no results yet")
-    return load_results("instruction-mix")
+    results = load_results("instruction-mix")
+    if results.rehearsal:
+        pytest.skip("the study instruction-mix has only been rehearsed: run `vlm-course study instruction-mix`")
+    return results
 
 
 @pytest.fixture(scope="module")

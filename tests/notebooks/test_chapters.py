@@ -13,7 +13,7 @@ from vlm_course.build.source import read_source
 from vlm_course.build.twins import twin_problems
 
 # A decimal number that stands alone: not a version, not part of a name.
-DECIMAL = re.compile(r"(?<![\w.])(\d+)\.(\d+)(?:e[+-]?\d+)?(?![\w.]*\w)")
+DECIMAL = re.compile(r"(?<!arXiv )(?<![\w.])(\d+)\.(\d+)(?:e[+-]?\d+)?(?![\w.]*\w)")
 CHAPTERS = pytest.mark.parametrize("chapter", Course().chapters(), ids=lambda chapter: chapter.slug)
 
 

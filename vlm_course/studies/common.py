@@ -30,6 +30,7 @@ from ..worlds.scenes import Scenes, render, sample
 
 DATA = Path(__file__).parent / "data"  # the results that come with the course
 BATCH, REHEARSAL_BATCH = 512, 16
+SCALE = "|scale"  # ends the name of a matrix's scales in a weight file
 TEST_SEED = 3_000_000_000  # scenes to measure on; those of training have seeds far below
 
 Measures = dict[str, Any]  # name -> number, or name -> Measures
@@ -72,6 +73,37 @@ def tiny_llava(small: Small, *, seed: int, bridge: nn.Module | None = None, **te
         model = Llava(tiny_config(small, **text), bridge=bridge)
     model.vision = small.model.vision
     return model.to(device)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a run's weights at a byte a number: matrices as int8 with a float16 scale a row, vectors as float16.
+
+    Symmetric rounding to 255 steps; the study's table was measured before it.
+    """
+    from safetensors.torch import save_file
+
+    stored = {}
+    for name, value in weights.items():
+        if value.dim() < 2:
+            stored[name] = value.half().contiguous()
+            continue
+        scale = (value.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-7).half()
+        stored[name] = (value.float() / scale.float()).round().clamp(-127, 127).to(torch.int8).contiguous()
+        stored[name + SCALE] = scale
+    save_file(stored, path)
+    path.chmod(0o644)
+
+
+def load_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """What `save_weights` wrote, as float32 tensors by name."""
+    from safetensors.torch import load_file
+
+    stored = load_file(path, device=str(device))
+    return {
+        name: value.float() * stored[name + SCALE].float() if name + SCALE in stored else value.float()
+        for name, value in stored.items()
+        if not name.endswith(SCALE)
+    }
 
 
 def learned(model: Llava) -> dict[str, Tensor]:
@@ -248,8 +280,6 @@ def run_study(
     Raises:
         ValueError: no seed, or a scale that is not in (0, 1].
     """
-    from safetensors.torch import save_file
-
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}: a study needs at least one")
     if not 0 < scale <= 1:
@@ -288,9 +318,7 @@ def run_study(
             log(f"{pause}; call again to go on")
             return None
         if weights is not None and seed == 0:
-            path = out / f"{study.name}-{variant}.safetensors"
-            save_file(weights, path)
-            path.chmod(0o644)
+            save_weights(weights, out / f"{study.name}-{variant}.safetensors")
         record = {"scale": scale, "minutes": round((time.monotonic() - began) / 60, 2), "measures": measures}
         _write(file, record)
     progress(1.0)
@@ -393,12 +421,9 @@ class Results:
 
     def load(self, variant: str, small: Small, **text) -> Llava:
         """The shipped model of one variant, in float32 and eval mode, behind the given model's vision tower."""
-        from safetensors.torch import load_file
-
         model = tiny_llava(small, seed=0, **text)
         device = next(small.model.parameters()).device
-        path = self.folder / f"{self.record['study']}-{variant}.safetensors"
-        weights = {name: value.float() for name, value in load_file(path, device=str(device)).items()}
+        weights = load_weights(self.folder / f"{self.record['study']}-{variant}.safetensors", device)
         vision = {name: value for name, value in model.state_dict().items() if name.startswith("vision.")}
         model.load_state_dict(weights | vision)
         return model.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from ..pretrained import Small
 from ..probe_questions import QuestionSet, Score, question_set
 from ..worlds.dialogs import KINDS
 from ..worlds.templates import compact
-from .common import Lab, Measures, Results, Study, learned, tiny_config, tiny_llava
+from .common import Lab, Measures, Results, Study, learned, load_weights, tiny_config, tiny_llava
 
 STRATEGIES = ("early", "cross-attention", "resampler", "interleaved")
 QUERIES = 16
@@ -164,11 +164,9 @@ def answers(strategy: str, model: nn.Module, questions: QuestionSet, patches: Te
 
 def load(results: Results, strategy: str, small: Small) -> nn.Module:
     """The shipped model of a strategy, in float32 and eval mode, behind the given model's vision tower."""
-    from safetensors.torch import load_file
-
     model = build(strategy, small)
     path = results.folder / f"{results.record['study']}-{strategy}.safetensors"
-    weights = {name: value.float() for name, value in load_file(path).items()}
+    weights = load_weights(path)
     vision = {name: value for name, value in model.state_dict().items() if name.startswith("vision.")}
     model.load_state_dict(weights | vision)
     return model.eval().requires_grad_(False)
