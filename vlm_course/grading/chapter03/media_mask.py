@@ -140,7 +140,7 @@ MEDIA_MASK = Exercise(
         "image does not read itself": Mistake(
             "Your <image> token reads the image before it: the running count includes the token itself.", not_itself
         ),
-        "everything": Mistake("Every token reads every image: where is the order of text and images?", everything),
+        "everything": Mistake("Every token reads every image: the order of text and images must decide.", everything),
         "all images of the row": Mistake(
             "Your tokens read all images of their row, later ones too: only the last one before counts.",
             images_of_the_row,

@@ -14,7 +14,7 @@ WHAT_TUNING_CHANGES = Question(
         "b": Option(
             "The data: many kinds of instruction about an image, each with the response that it asks for.",
             "The architecture, the loss and the mask stay; what is asked, and so what must be read off the image, "
-            "changes. (In LLaVA the language model learns as well, where stage 1 trains the bridge alone.)",
+            "changes. In LLaVA the language model learns as well, where stage 1 trains the bridge alone.",
         ),
         "c": Option(
             "The image: its tokens stand behind the question, so that they can attend to it.",

@@ -14,7 +14,7 @@ HOW_MANY_NEW = Question(
         "b": Option(
             "One: the bridge between the vision tower and the language model.",
             "Tower and language model are taken as they are; the bridge is the only part that starts from fresh "
-            "weights. (The language model is tuned later, but not replaced.)",
+            "weights. The language model is tuned later, but not replaced.",
         ),
         "c": Option(
             "Two: the bridge, and a cross-attention layer in every block of the language model.",
