@@ -606,7 +606,7 @@ with torch.device("meta"):
 # Four tiny models, each with the shipped vision tower and a decoder of under a million parameters, trained alike on the same scenes: early fusion, cross-attention, 16 resampled tokens, and two interleaved images. How well do they answer?
 
 # %% covers=["3-simulation-1"]
-from vlm_course.studies.common import load_results
+from vlm_course.studies.results import load_results
 
 study = load_results("fusion")
 print(study.note())
@@ -732,8 +732,8 @@ print(f"reduced images alone, even scenes: {blur:+.1f} points")
 # %%
 frequent = effect("frequent", "sharp", "frequent")
 right = "a" if frequent < 5 else "b" if frequent < 50 else "c"
-reveal("p_3_3", right, because=f"It is {frequent:+.1f} points with sharp images; with reduced ones "
-                               f"{effect('frequent', 'reduced', 'frequent'):+.1f}.")
+causes.reveal("p_3_3", right, because=f"It is {frequent:+.1f} points with sharp images; with reduced ones "
+                                      f"{effect('frequent', 'reduced', 'frequent'):+.1f}.")
 
 # %% [markdown] covers=["3-adversarial-1"]
 # And in captions, where nobody asked: the share of named objects that are not in the picture, and how many of those are one of the frequent six.

@@ -142,7 +142,7 @@ for kind in ("colour", "size", "existence"):
 # The lesson has a table of what captions, questions and instructions teach. Here is the experiment. One tiny model (its decoder is a sixth of the shipped one's) first reads conversations without images; then it is tuned, on the same scenes and for as many steps, on one of three diets.
 
 # %% covers=["4-table-1"]
-from vlm_course.studies.common import load_results
+from vlm_course.studies.results import load_results
 
 study = load_results("instruction-mix")
 for name, says in study.variants.items():
@@ -195,8 +195,8 @@ for kind in ("colour", "shape", "size", "existence"):
     print(f"{kind:12s}{direct:16.2f}{study.mean('captions', 'from own caption', kind):24.2f}{control:16.2f}")
 asked, rival, often = (study.mean(d, "exam", "colour", c) for d, c in
                        (("captions", "model"), ("questions", "model"), ("captions", "majority")))
-reveal("p_4_3", "a" if asked > rival - 0.05 else "b" if asked > often + 0.05 else "c",
-       because=f"Right answers about color: {asked:.2f}; tuned on questions {rival:.2f}; most frequent {often:.2f}.")
+study.reveal("p_4_3", "a" if asked > rival - 0.05 else "b" if asked > often + 0.05 else "c",
+             because=f"Right answers about color: {asked:.2f}; tuned on questions {rival:.2f}; most frequent {often:.2f}.")
 
 # %% [markdown] covers=["4-table-1"]
 # Read the three trained models yourself: the same scene and questions as above, from the weights of the first seed.
@@ -441,7 +441,7 @@ check("division_factor", globals())
 # Smaller, for the lesson's lengths, but far from nothing. And does it matter to the optimizer that tunes such models? Adam divides the gradient by its own running size. One step of both, on a copy of the tiny model:
 
 # %% covers=["4-derivation-1"]
-from vlm_course.studies.common import tiny_llava
+from vlm_course.studies.tiny import tiny_llava
 
 division_factor = part("division_factor", globals())
 features = small.model.vision.patch_features(pixels, layer=small.model.config.feature_layer)  # [1, N, D_vision]

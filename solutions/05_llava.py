@@ -687,7 +687,7 @@ print("a user of CLIP's pooled output gets", list(tower.pooled(picture).shape))
 # An experiment. The shipped tower stays frozen. A fresh bridge and a fresh decoder of under a million numbers learn from one layer's patches: same images, same conversations, same first weights for each seed. Only the layer differs. A fifth variant gets zeros.
 
 # %% covers=["5-idea-2"]
-from vlm_course.studies.common import load_results
+from vlm_course.studies.results import load_results
 from vlm_course.studies.feature_layer import BLIND, LAYERS, load_variant
 
 study = load_results("feature-layer")
@@ -721,10 +721,7 @@ figures.show(figure, "Exact answers by the layer that was read, a dot a seed; fr
 # %%
 best = order[0]
 gaps = [f"{name} {100 * study.mean(name, 'all', 'model'):.1f} %" for name in order]
-if study.rehearsal:
-    print("These readers saw a few steps only, so nothing is decided: the whole study answers the prediction.")
-else:
-    reveal("p_5_3", best, because=f"Exact answers: {', '.join(gaps)}; blind {blind:.1f} %.")
+study.reveal("p_5_3", best, because=f"Exact answers: {', '.join(gaps)}; blind {blind:.1f} %.")
 
 # %% [markdown]
 # One seed of each variant is shipped, so you can ask them yourself. The same questions, the same image, four layers:
@@ -786,7 +783,7 @@ print(f"{named} of 6 answers name a colour")
 # In training, a question about a colour always had an object to be about, so saying "there is none" was never the right answer. Chapter 3 measures a relative of this error: yes to what is absent.
 
 # %% [markdown]
-# Two limits of the code: `greedy_cached` takes one row at a time, since rows that end early need more bookkeeping, and `torch.cat` copies the whole cache for every word. `generation.generate` and `decoder.KVCache` do better in both.
+# Two limits of the code: `greedy_cached` takes one row at a time, since rows that end early need more bookkeeping, and `torch.cat` copies the whole cache for every word. `generation.generate` and `cache.KVCache` do better in both.
 
 # %% [markdown] covers=["5-check-1"]
 # ## Check question

@@ -165,7 +165,7 @@ def test_readme_files_exist():
 
 
 def test_readme_chapters_are_the_chapters():
-    from vlm_course.studies.common import load_results
+    from vlm_course.studies.results import load_results
 
     states = "finished|studies rehearsed|planned"
     rows = re.findall(rf"^\| (\d+) \| ([^|]+) \| (\d*) ?\| ({states}) \|$", README, flags=re.MULTILINE)

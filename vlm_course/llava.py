@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from vlm_course.attention import causal_mask, padding_mask
 from vlm_course.bridges import LinearBridge, VisionProjection
-from vlm_course.decoder import Decoder, DecoderConfig, KVCache
+from vlm_course.cache import KVCache
+from vlm_course.decoder import Decoder, DecoderConfig
 from vlm_course.fusion import splice_image_features
 from vlm_course.validation import checks, counts
 from vlm_course.vit import VisionTransformer, ViTConfig

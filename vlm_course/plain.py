@@ -1,6 +1,6 @@
 """The whole model and its decoding at their plainest, as chapter 5 builds them: everything needed, no options.
 
-`llava.Llava`, `decoder.KVCache` and `generation.generate` do the same with options, and faster; the tests hold the two
+`llava.Llava`, `cache.KVCache` and `generation.generate` do the same with options, and faster; the tests hold the two
 to equal answers. `PlainLlava` has the parts and names of `Llava`: the same weights fit, from the shipped ones to 13B.
 """
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlm_course.attention import attention_weights
-from vlm_course.decoder import Decoder, DecoderBlock, KVCache, apply_rotary, rotary_phases
+from vlm_course.cache import KVCache
+from vlm_course.decoder import Decoder, DecoderBlock, apply_rotary, rotary_phases
 from vlm_course.validation import checks, counts, require_number, require_same_device, require_shape
 
 

@@ -6,7 +6,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from vlm_course import chat
 from vlm_course.loss import division_factor, response_loss
-from vlm_course.studies.common import load_results, tiny_llava
+from vlm_course.studies.results import load_results
+from vlm_course.studies.tiny import tiny_llava
 
 IMAGE, M = 199, 16
 

@@ -26,7 +26,7 @@ class PlainKVCache:
 
 CACHED = """
 import torch
-from vlm_course.decoder import KVCache
+from vlm_course.cache import KVCache
 
 def greedy_cached(model, ids, pixels, max_new_tokens, eos_id):
     cache, embeds, new = KVCache(2), model.embed(ids, pixels), []

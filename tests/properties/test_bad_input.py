@@ -31,7 +31,7 @@ for rows in sorted(FOLDER.glob("rows_*.py")):
     load(rows)
 
 MODULES = (
-    "images patches vit contrastive bridges qformer attention fusion loss decoder llava generation chat training "
+    "images patches vit contrastive bridges qformer attention fusion loss cache decoder llava generation chat training "
     "grounding.formats grounding.masks grounding.metrics grounding.regions grounding.tokens resolution dynamic_tiling "
     "pruning documents packing merging video actions budget measures costs"
 ).split()

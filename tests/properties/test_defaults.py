@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from vlm_course.bridges import CAbstractor, PerceiverResampler, RegBlock, pixel_shuffle
-from vlm_course.decoder import DecoderConfig, KVCache
+from vlm_course.cache import KVCache
+from vlm_course.decoder import DecoderConfig
 from vlm_course.fusion import GatedCrossAttention
 from vlm_course.llava import LlavaConfig
 from vlm_course.loss import response_loss

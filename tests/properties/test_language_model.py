@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_course.attention import prefix_mask
+from vlm_course.cache import KVCache
 from vlm_course.chat import pad_rows
-from vlm_course.decoder import Decoder, DecoderConfig, KVCache, RMSNorm, rotary_phases
+from vlm_course.decoder import Decoder, DecoderConfig, RMSNorm, rotary_phases
 from vlm_course.generation import _CachedStep, choose_token, generate, greedy_generate, top_p_filter
 from vlm_course.llava import LLAVA_7B, LLAVA_13B, SMALL, Llava, LlavaConfig, small_config
 from vlm_course.loss import response_loss
@@ -174,6 +175,19 @@ def test_a_cached_step_is_the_decoders_own(rows, past, steps, kv_heads, head_dim
                 step(ids[:, place], cache), expected[:, place], atol=1e-5, rtol=1e-5
             )  # float32 norms
     assert cache.length == past + steps
+
+
+def test_phases_made_before_are_those_of_the_positions(model):
+    decoder = model.decoder
+    embeds = torch.rand(2, 5, decoder.config.width)
+    places = torch.tensor([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]])
+    phases = rotary_phases(places, decoder.config.head_dim, decoder.config.rope_theta)
+    assert torch.equal(decoder(embeds, phases=phases), decoder(embeds, positions=places))
+    assert not torch.equal(decoder(embeds, phases=rotary_phases(2 * places, decoder.config.head_dim)), decoder(embeds))
+    with pytest.raises(ValueError, match="pass one of the two"):
+        decoder(embeds, phases=phases, positions=places)
+    with pytest.raises(ValueError, match=r"expected \(4, "):
+        decoder(embeds[:, :4], phases=phases)
 
 
 def test_what_hangs_on_a_module_is_called_at_every_token(model):

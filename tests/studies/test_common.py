@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+from vlm_course import progress
 from vlm_course.pretrained import load_small
 from vlm_course.studies import STUDIES, study
-from vlm_course.studies.common import Lab, Study, learned, load_results, run_study, save_weights, tiny_llava
+from vlm_course.studies.common import Lab, Study, run_study
+from vlm_course.studies.results import load_results, save_weights
+from vlm_course.studies.tiny import learned, tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,17 @@ def test_results_are_read_by_name_and_a_rehearsal_says_so(counting, tmp_path):
         results.value("a", "colour")
     with pytest.raises(ValueError, match="no results of the study 'other'"):
         load_results("other", tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_only_a_whole_study_answers_a_prediction(counting, tmp_path, scale, monkeypatch, capsys):
+    monkeypatch.setenv("VLM_COURSE_HOME", str(tmp_path))
+    run_study(counting[0], seeds=1, out=tmp_path, scale=scale, log=lambda _: None)
+    progress.remember("p_test", "a", 0.9)
+    load_results("counting", tmp_path).reveal("p_test", "b", because="The table says so.")
+    said = capsys.readouterr().out
+    assert progress.load()["p_test"].right == (None if scale < 1 else "b")
+    assert ("nothing is decided" in said) == (scale < 1) and ("The answer is b" in said) == (scale == 1)
 
 
 def test_fit_moves_bridge_and_decoder_and_leaves_the_tower(small, tmp_path):

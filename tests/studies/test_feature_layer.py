@@ -5,8 +5,9 @@ import torch
 
 from vlm_course.pretrained import load_small
 from vlm_course.studies import study
-from vlm_course.studies.common import Lab, load_results, run_study
+from vlm_course.studies.common import Lab, run_study
 from vlm_course.studies.feature_layer import BLIND, LAYERS, draw, layer_features, load_variant
+from vlm_course.studies.results import load_results
 
 
 @pytest.fixture(scope="module")

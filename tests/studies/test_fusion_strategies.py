@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlm_course.pretrained import load_small
-from vlm_course.studies.common import Study, load_results, run_study
+from vlm_course.studies.common import Study, run_study
 from vlm_course.studies.fusion_strategies import (
     EXAM,
     QUERIES,
@@ -18,6 +18,7 @@ from vlm_course.studies.fusion_strategies import (
     logits,
     placeholders,
 )
+from vlm_course.studies.results import load_results
 
 
 @pytest.fixture(scope="module")

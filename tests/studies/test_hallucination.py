@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_course.studies.common import Study, load_results, run_study
+from vlm_course.studies.common import Study, run_study
 from vlm_course.studies.hallucination import (
     ABSENT,
     STUDY,
@@ -17,6 +17,7 @@ from vlm_course.studies.hallucination import (
     scores,
     skewed,
 )
+from vlm_course.studies.results import load_results
 from vlm_course.tokenizer import WordTokenizer
 from vlm_course.worlds.scenes import COLOURS, SHAPES, held_out_table, render, sample
 

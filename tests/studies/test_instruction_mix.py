@@ -3,7 +3,8 @@
 import pytest
 
 from vlm_course.studies import study
-from vlm_course.studies.common import load_results, run_study
+from vlm_course.studies.common import run_study
+from vlm_course.studies.results import load_results
 from vlm_course.worlds.dialogs import KINDS
 
 

@@ -1,5 +1,4 @@
-"""What all studies share: a tiny LLaVA on the shipped vision tower, its training loop, and results that say who they
-are.
+"""What all studies share: the laboratory that a run gets, and the loop over variants and seeds.
 
 A run is one variant with one seed. It leaves one JSON file, and a run whose file exists is skipped, so an interrupted
 study goes on with the same call.
@@ -20,17 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decoder import DecoderConfig
-from ..llava import Llava, LlavaConfig
+from ..llava import Llava
 from ..loss import response_loss
 from ..pretrained import Small, load_small
 from ..training import Paused, Stage, fit
 from ..worlds.dialogs import Dialogs
 from ..worlds.scenes import Scenes, render, sample
+from .results import save_weights
 
-DATA = Path(__file__).parent / "data"  # the results that come with the course
 BATCH, REHEARSAL_BATCH = 512, 16
-SCALE = "|scale"  # ends the name of a matrix's scales in a weight file
 TEST_SEED = 3_000_000_000  # scenes to measure on; those of training have seeds far below
 
 Measures = dict[str, Any]  # name -> number, or name -> Measures
@@ -49,67 +46,6 @@ class Study:
     variants: Mapping[str, str]  # name -> what is particular about it
     train: Callable[[str, Lab], tuple[Measures, dict[str, Tensor] | None]]
     data: str = "scenes drawn on the device while training, in the train split of vlm_course.worlds.scenes"
-
-
-def tiny_config(small: Small, **text) -> LlavaConfig:
-    """The model of the studies: the shipped tower, an MLP bridge, a decoder of under a million parameters.
-
-    `text` replaces sizes of the decoder.
-    """
-    sizes = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_width": 352, "max_positions": 512} | text
-    return LlavaConfig(
-        vision=small.model.config.vision,
-        text=DecoderConfig(vocab_size=small.tokenizer.vocab_size, **sizes),
-        image_id=small.tokenizer.image_id,
-        feature_layer=small.model.config.feature_layer,
-    )
-
-
-def tiny_llava(small: Small, *, seed: int, bridge: nn.Module | None = None, **text) -> Llava:
-    """A fresh bridge and decoder, drawn from the seed, behind the shipped vision tower (shared, not copied)."""
-    device = next(small.model.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Llava(tiny_config(small, **text), bridge=bridge)
-    model.vision = small.model.vision
-    return model.to(device)
-
-
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a run's weights at a byte a number: matrices as int8 with a float16 scale a row, vectors as float16.
-
-    Symmetric rounding to 255 steps; the study's table was measured before it.
-    """
-    from safetensors.torch import save_file
-
-    stored = {}
-    for name, value in weights.items():
-        if value.dim() < 2:
-            stored[name] = value.half().contiguous()
-            continue
-        scale = (value.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-7).half()
-        stored[name] = (value.float() / scale.float()).round().clamp(-127, 127).to(torch.int8).contiguous()
-        stored[name + SCALE] = scale
-    save_file(stored, path)
-    path.chmod(0o644)
-
-
-def load_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """What `save_weights` wrote, as float32 tensors by name."""
-    from safetensors.torch import load_file
-
-    stored = load_file(path, device=str(device))
-    return {
-        name: value.float() * stored[name + SCALE].float() if name + SCALE in stored else value.float()
-        for name, value in stored.items()
-        if not name.endswith(SCALE)
-    }
-
-
-def learned(model: Llava) -> dict[str, Tensor]:
-    """What a run has learned: all tensors but those of the vision tower, in half precision on the CPU."""
-    state = model.state_dict().items()
-    return {k: v.detach().cpu().half().contiguous() for k, v in state if not k.startswith("vision.")}
 
 
 @dataclass
@@ -372,66 +308,3 @@ def _over_seeds(values: list) -> dict:
     rounded = [round(float(value), 5) for value in values]
     spread = max(rounded) - min(rounded)
     return {"mean": round(statistics.fmean(rounded), 5), "spread": round(spread, 5), "values": rounded}
-
-
-# --- reading its results ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Results:
-    """A finished study, as a chapter reads it."""
-
-    record: dict
-    folder: Path
-
-    @property
-    def rehearsal(self) -> bool:
-        return self.record["rehearsal"]
-
-    @property
-    def variants(self) -> dict[str, str]:
-        return {name: entry["says"] for name, entry in self.record["variants"].items()}
-
-    def value(self, variant: str, *path: str) -> dict:
-        """One measure, named by its path: {"mean", "spread", "values"}.
-
-        Raises ValueError, naming what there is, where the table has no such entry.
-        """
-        here = self.record["variants"]
-        for name in (variant, "measures", *path):
-            if name not in here:
-                raise ValueError(f"the study has no {name!r} here; there is {', '.join(here)}")
-            here = here[name]
-        return here
-
-    def mean(self, variant: str, *path: str) -> float:
-        return self.value(variant, *path)["mean"]
-
-    def spread(self, variant: str, *path: str) -> float:
-        return self.value(variant, *path)["spread"]
-
-    def note(self) -> str:
-        """One sentence for the reader: where the numbers come from, and a warning when it was a rehearsal."""
-        card = self.record["card"]
-        made = f"{card['seeds']} seed{'s' * (card['seeds'] > 1)} a variant, {card['minutes']} minutes in all on "
-        made += f"{card['hardware'] or 'a CPU'}; made again by: {card['command']}"
-        if self.rehearsal:
-            return f"REHEARSAL, not a result: a few steps, to show the form of the table. {made}"
-        return made
-
-    def load(self, variant: str, small: Small, **text) -> Llava:
-        """The shipped model of one variant, in float32 and eval mode, behind the given model's vision tower."""
-        model = tiny_llava(small, seed=0, **text)
-        device = next(small.model.parameters()).device
-        weights = load_weights(self.folder / f"{self.record['study']}-{variant}.safetensors", device)
-        vision = {name: value for name, value in model.state_dict().items() if name.startswith("vision.")}
-        model.load_state_dict(weights | vision)
-        return model.eval().requires_grad_(False)
-
-
-def load_results(name: str, folder: Path | str = DATA) -> Results:
-    """The results of a study. Raises ValueError where there are none."""
-    file = Path(folder) / f"{name}.json"
-    if not file.is_file():
-        raise ValueError(f"there are no results of the study {name!r} in {folder}: run `vlm-course study {name}`")
-    return Results(json.loads(file.read_text(encoding="utf-8")), Path(folder))

@@ -20,7 +20,9 @@ from ..loss import response_loss
 from ..pretrained import Small
 from ..probe_questions import PROBE_KINDS, QuestionSet, question_set, score
 from ..worlds.dialogs import KINDS
-from .common import BATCH, REHEARSAL_BATCH, TEST_SEED, Lab, Measures, Results, Study, learned, tiny_llava
+from .common import BATCH, REHEARSAL_BATCH, TEST_SEED, Lab, Measures, Study
+from .results import Results
+from .tiny import learned, tiny_llava
 
 # Name -> place among the tower's hidden states: "last" is the last block's output, "first" that of its first block.
 LAYERS = {"last": -1, "penultimate": -2, "third-from-last": -3, "first": 1}

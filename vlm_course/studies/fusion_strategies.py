@@ -19,7 +19,9 @@ from ..pretrained import Small
 from ..probe_questions import QuestionSet, Score, question_set
 from ..worlds.dialogs import KINDS
 from ..worlds.templates import compact
-from .common import Lab, Measures, Results, Study, learned, load_weights, tiny_config, tiny_llava
+from .common import Lab, Measures, Study
+from .results import Results, load_weights
+from .tiny import learned, tiny_config, tiny_llava
 
 STRATEGIES = ("early", "cross-attention", "resampler", "interleaved")
 QUERIES = 16

@@ -24,11 +24,11 @@ from torch import Tensor
 from ..llava import Llava
 from ..measures import answer, answer_many, encode_in_batches
 from ..tokenizer import WordTokenizer
-from ..worlds import scenes as world
 from ..worlds.dialogs import ANSWER_LENGTH, Dialogs
-from ..worlds.scenes import COLOURS, IMAGE_SIZE, MAX_OBJECTS, SHAPES, Scenes, held_out_table
-from .common import Lab, Measures, Study, learned
+from ..worlds.scenes import COLOURS, IMAGE_SIZE, MAX_OBJECTS, SHAPES, Scenes, held_out_table, render, sample, shades
+from .common import Lab, Measures, Study
 from .fusion_strategies import BATCH, LENGTH, TURNS, learn, loss, mix_of_questions
+from .tiny import learned
 
 WORLDS = ("even", "frequent", "together")
 ABSENT = ("random", "frequent", "together")  # how an absent object is chosen
@@ -93,11 +93,7 @@ def skewed(scenes: Scenes, kind: str, generator: torch.Generator | None = None) 
     rank = rank.masked_fill(~scenes.present, 2.0).argsort(1).argsort(1)  # present slots hold ranks 0 .. count - 1
     pair = pair.gather(1, rank)
     shape, colour = pair // len(COLOURS), pair % len(COLOURS)
-    ends = world._PALETTE.to(scenes.device)[colour]  # [B, K, 2 ends, 3]
-    where = torch.rand((*pair.shape, 1), generator=generator, device=scenes.device)
-    noise = 0.06 * torch.rand((*pair.shape, 3), generator=generator, device=scenes.device) - 0.03
-    rgb = (ends[..., 0, :] + (ends[..., 1, :] - ends[..., 0, :]) * where + noise).clamp(0, 1)
-    return replace(scenes, shape=shape, colour=colour, rgb=rgb)
+    return replace(scenes, shape=shape, colour=colour, rgb=shades(colour, generator=generator))
 
 
 def _frequent(n: int, device, generator) -> Tensor:
@@ -176,8 +172,8 @@ def probe(n: int, *, generator: torch.Generator | None = None, device="cpu", sce
     a "random" one is neither. Pairs held out from training are never asked for.
     """
     if scenes is None:
-        scenes = world.sample(n, generator=generator, device=device, objects=(2, 5))
-    pixels = world.render(scenes, generator=generator)
+        scenes = sample(n, generator=generator, device=device, objects=(2, 5))
+    pixels = render(scenes, generator=generator)
     n, device = len(scenes), scenes.device
     there = objects_in(scenes)  # [B, P]
     frequent = torch.zeros_like(there)

@@ -20,7 +20,8 @@ from ..tokenizer import WordTokenizer
 from ..worlds.dialogs import KINDS, Turns
 from ..worlds.scenes import COLOURS, SHAPES, SIZES, Scenes
 from ..worlds.templates import DIRECTIONS
-from .common import Lab, Measures, Study, learned, tiny_llava
+from .common import Lab, Measures, Study
+from .tiny import learned, tiny_llava
 
 SHORT = ("colour", "shape", "size", "count", "existence", "relation", "check")
 KINDS_OF = {"captions": ("caption",), "questions": SHORT, "instructions": KINDS}

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 from . import study
-from .common import load_results, run_study
+from .common import run_study
+from .results import load_results
 
 REHEARSAL = 0.01  # share of the steps; one seed
 

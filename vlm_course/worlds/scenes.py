@@ -165,6 +165,13 @@ def _uniform(shape, low: float, high: float, generator, device) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator, device=device)
 
 
+def shades(colour: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """A shade of each named colour: indices into COLOURS [...] -> [..., 3] in 0..1."""
+    ends, options = _on(colour.device)[1][colour], {"generator": generator, "device": colour.device}  # [..., 2 ends, 3]
+    rgb = ends[..., 0, :] + (ends[..., 1, :] - ends[..., 0, :]) * torch.rand(*colour.shape, 1, **options)
+    return (rgb + _uniform((*colour.shape, 3), -0.03, 0.03, **options)).clamp(0, 1)
+
+
 def sample(
     n: int,
     *,
@@ -191,7 +198,7 @@ def sample(
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     k, options = MAX_OBJECTS, {"generator": generator, "device": device}
-    _, palette, radii = _on(torch.device(device))
+    _, _, radii = _on(torch.device(device))
 
     count = torch.randint(least, most + 1, (n,), **options)
     present = torch.arange(k, device=device) < count[:, None]
@@ -228,9 +235,7 @@ def sample(
     found = (centre / step).long()  # a lone object chose its place first, its cell follows
     cell = torch.where((count == 1)[:, None], found[..., 1] * GRID + found[..., 0], cell)
 
-    ends = palette[colour]  # [n, k, 2 ends, 3]
-    rgb = ends[..., 0, :] + (ends[..., 1, :] - ends[..., 0, :]) * torch.rand(n, k, 1, **options)
-    rgb = (rgb + _uniform((n, k, 3), -0.03, 0.03, **options)).clamp(0, 1)
+    rgb = shades(colour, generator=generator)
     light = _uniform((n, 1), 0.80, 1.0, **options)
     ground = torch.stack(
         [(light + _uniform((n, 3), -0.08, 0.08, **options)).clamp(0.72, 1)]

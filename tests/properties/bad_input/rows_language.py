@@ -4,7 +4,7 @@ import torch
 from bad_input_table import NO_ROW, Bool, F, I, row
 from torch import nn
 
-from vlm_course import decoder, fusion
+from vlm_course import cache, decoder, fusion
 from vlm_course.llava import Llava, LlavaConfig
 from vlm_course.tokenizer import WordTokenizer
 from vlm_course.training import Stage
@@ -124,17 +124,17 @@ row(
     _low={"T": 2},
     _bad=[({"cos": torch.rand(2, 2)}, "(2, 2)", "expected")],
 )
-row("decoder.KVCache", layers=2, _least={"capacity": 0})
+row("cache.KVCache", layers=2, _least={"capacity": 0})
 
 
 def filled(s):
-    cache = decoder.KVCache(1)
-    cache.update(0, torch.rand(3, 2, 4, 6), torch.rand(3, 2, 4, 6))
-    return cache
+    full = cache.KVCache(1)
+    full.update(0, torch.rand(3, 2, 4, 6), torch.rand(3, 2, 4, 6))
+    return full
 
 
 row(
-    "decoder.KVCache.update",
+    "cache.KVCache.update",
     _on=filled,
     layer=0,
     keys=F("B H T d"),
@@ -144,7 +144,7 @@ row(
     _bad=[({"layer": 1}, "1", "1 layers")],
 )
 row(
-    "decoder.KVCache.select",
+    "cache.KVCache.select",
     _on=filled,
     rows=I("n"),
     _least={"room": 0},
