@@ -170,7 +170,8 @@ def test_skipped_records_are_counted_by_reason(folder):
     assert len(records) == 2
     assert records.skipped == {
         "corrupt JSON": 2, "wrong fields": 6, "wrong roles": 3, "text without <image>": 3,
-        "<image> without an image": 1, "image without a question": 1, "empty question": 1, "empty answer": 2, "missing image": 3,
+        "<image> without an image": 1, "image without a question": 1, "empty question": 1,
+        "empty answer": 2, "missing image": 3,
     }  # fmt: skip
     assert list(records.examples) == list(records.skipped)
 
