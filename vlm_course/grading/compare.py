@@ -103,6 +103,8 @@ def difference(got: Value | Opaque, want: Value) -> str:
             if key not in got:
                 return f"The result has no entry {key!r}; it should be {show(want)}."
             if not agree(got[key], want[key], 0.0):
+                if show(got[key]) == show(want[key]):  # tensors of one shape: what differs are their numbers
+                    return f"In the entry {key!r}: {difference(got[key], want[key])}"
                 return f"The entry {key!r} should be {show(want[key])}; yours is {show(got[key])}."
         extra = next(key for key in got if key not in want)
         return f"The result has an entry {extra!r} too many; it should be {show(want)}."
