@@ -69,3 +69,22 @@ def decoder_config(config: Any) -> DecoderConfig:
         tie_embeddings=config.tie_word_embeddings,
         max_positions=config.max_position_embeddings,
     )
+
+
+def transformers_config(config: DecoderConfig) -> Any:
+    """DecoderConfig -> transformers' LlamaConfig; undoes `decoder_config`."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.mlp_width,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        max_position_embeddings=config.max_positions,
+    )

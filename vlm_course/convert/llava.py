@@ -86,7 +86,7 @@ def transformers_config(config: LlavaConfig) -> Any:
 
     Raises ValueError for an option that their model does not have.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig
+    from transformers import CLIPVisionConfig
     from transformers import LlavaConfig as TheirConfig
 
     vision, text = config.vision, config.text
@@ -112,19 +112,7 @@ def transformers_config(config: LlavaConfig) -> Any:
             hidden_act=vision.activation,
             layer_norm_eps=vision.norm_eps,
         ),
-        text_config=LlamaConfig(
-            vocab_size=text.vocab_size,
-            hidden_size=text.width,
-            num_hidden_layers=text.layers,
-            num_attention_heads=text.heads,
-            num_key_value_heads=text.kv_heads,
-            head_dim=text.head_dim,
-            intermediate_size=text.mlp_width,
-            rope_theta=text.rope_theta,
-            rms_norm_eps=text.norm_eps,
-            tie_word_embeddings=text.tie_embeddings,
-            max_position_embeddings=text.max_positions,
-        ),
+        text_config=llama.transformers_config(text),
         image_token_id=config.image_id,
         image_seq_length=config.visual_tokens,
         vision_feature_layer=config.feature_layer,
@@ -162,4 +150,6 @@ def load_llava(folder: str | Path, *, dtype: torch.dtype = torch.float32, device
     with torch.device("meta"):
         model = Llava(config)
     model.load_state_dict(from_transformers(state, tied=config.text.tie_embeddings), assign=True)
+    if config.text.tie_embeddings:
+        model.decoder.head.weight = model.decoder.token_embedding.weight  # `assign` makes two parameters of one tensor
     return model.eval()
