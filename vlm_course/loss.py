@@ -86,16 +86,7 @@ def answer_weights(lengths: Sequence[int]) -> list[float]:
     return [length / total for length in lengths]
 
 
-def _division_rule(context_tokens, response_tokens):
-    if context_tokens < 0 or response_tokens < 1:
-        raise ValueError(
-            f"there are {context_tokens} tokens of context and {response_tokens} of response: "
-            "at least 0 of the first and 1 of the second"
-        )
-
-
 @counts(context_tokens=0, response_tokens=1)
-@checks(_division_rule)
 def division_factor(context_tokens: int, response_tokens: int) -> float:
     """The loss divided by the length of the whole sequence, over the loss divided by that of the response."""
     return response_tokens / (context_tokens + response_tokens)
