@@ -1,0 +1,167 @@
+"""Runs of chapter 10 on a GPU, kept with machine and date, so that a reader without one sees what it did.
+
+A run is written by the same code that shows it (`keep`, at the end of the chapter when it runs on a GPU); nothing in
+these files is typed by hand. Where there is none, the chapter says so in words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from ..validation import require_number, require_one_of
+
+FOLDER = Path(__file__).with_name("stored_runs")
+PATHS = {
+    1: "a LLaVA-1.5 checkpoint on a GPU",
+    2: "SmolLM2-135M learns to see, on a GPU",
+    3: "two steps of the small model on a CPU",
+}
+# What a run may say of itself: the unit, and how many digits are shown.
+UNITS = {
+    "steps": "optimizer steps",
+    "batch": "conversations a step",
+    "parameters that learn": "",
+    "minutes": "minutes",
+    "samples_per_s": "conversations a second",
+    "share_of_peak": "of the matrix peak",
+    "memory_gb": "GB of GPU memory",
+    "dollars": "dollars",
+}
+
+
+def machine() -> str:
+    """The device that torch uses here, in words: name, number and memory of its GPUs, or the CPU and its threads."""
+    if not torch.cuda.is_available():
+        return f"a CPU, {torch.get_num_threads()} threads"
+    count, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
+    gigabytes = properties.total_memory / 2**30
+    return (
+        f"{count} x {properties.name}, {gigabytes:.0f} GiB" if count > 1 else f"{properties.name}, {gigabytes:.0f} GiB"
+    )
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What one run of the chapter found.
+
+    Attributes:
+        path: which of the three (`PATHS`).
+        model, work: what was tuned, and how, each in one line.
+        numbers: measured, with names of `UNITS`.
+        losses: (optimizer step, mean loss of the answer tokens in nats).
+        accuracy: kind of question -> {"before", "after", and the controls by name}: shares of exact answers.
+        answers: a few questions with "question", "truth", "before" and "after".
+        notes: what a reader must know to read the numbers, such as that the weights were random.
+        machine, date, software: where and when; filled in by itself.
+    """
+
+    path: int
+    model: str
+    work: str
+    numbers: dict[str, float]
+    losses: tuple[tuple[int, float], ...] = ()
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    answers: tuple[dict[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    machine: str = field(default_factory=machine)
+    date: str = field(default_factory=lambda: date.today().isoformat())
+    software: str = field(default_factory=lambda: f"torch {torch.__version__.partition('+')[0]}")
+
+    def __post_init__(self) -> None:
+        require_one_of(self.path, "path", tuple(PATHS))
+        for name, value in self.numbers.items():
+            require_one_of(name, "a number's name", tuple(UNITS))
+            require_number(value, name)
+        for step, loss in self.losses:
+            require_number(loss, f"the loss of step {step}")
+        for kind, row in self.accuracy.items():
+            for name, share in row.items():
+                if not 0 <= share <= 1:
+                    raise ValueError(f"{kind}, {name} is {share}, expected a share from 0 to 1")
+
+    @property
+    def title(self) -> str:
+        """Where the numbers come from, in one line."""
+        return f"Stored run on {self.machine}, {self.date}, {self.software}: {self.model}; {self.work}."
+
+    def numbers_table(self) -> str:
+        """One line for each number, in the order of `UNITS`."""
+        return "\n".join(
+            f"{_shown(name, self.numbers[name]):>12s} {unit or name}"
+            for name, unit in UNITS.items()
+            if name in self.numbers
+        )
+
+    def accuracy_table(self) -> str:
+        """Kinds of question as rows; before, after and the controls as columns."""
+        columns = list(dict.fromkeys(name for row in self.accuracy.values() for name in row))
+        lines = [f"{'exact answers':16s}" + "".join(f"{name:>15s}" for name in columns)]
+        for kind, row in self.accuracy.items():
+            cells = "".join(f"{row[name]:15.3f}" if name in row else f"{'':15s}" for name in columns)
+            lines.append(f"{kind:16s}{cells}".rstrip())
+        return "\n".join(lines)
+
+    def answers_text(self) -> str:
+        """Question, truth, and the answers before and after, three lines each."""
+        return "\n".join(
+            f"{one['question']}  (true: {one['truth']})\n  before  {one['before']}\n  after   {one['after']}"
+            for one in self.answers
+        )
+
+
+def _shown(name: str, value: float) -> str:
+    if name == "share_of_peak":
+        return f"{100 * value:.0f} %"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
+
+
+def _file(path: int, folder: Path) -> Path:
+    require_one_of(path, "path", tuple(PATHS))
+    return folder / f"path{path}.json"
+
+
+def keep(run: StoredRun, folder: Path | str = FOLDER) -> Path:
+    """Write a run in place of the one before of its path, atomically; returns the file."""
+    file = _file(run.path, Path(folder))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps(asdict(run), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, file)
+    return file
+
+
+def stored_run(path: int, folder: Path | str = FOLDER) -> StoredRun | None:
+    """The kept run of a path, None where there is none.
+
+    Raises:
+        ValueError: the file is none of these, or it holds what a run cannot have.
+    """
+    file = _file(path, Path(folder))
+    if not file.is_file():
+        return None
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields["losses"] = tuple((int(step), float(loss)) for step, loss in fields["losses"])
+        fields |= {name: tuple(fields[name]) for name in ("answers", "notes")}
+        run = StoredRun(**fields)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file.name} is no stored run ({error}): keep it again with stored.keep") from error
+    if run.path != path:
+        raise ValueError(f"{file.name} holds a run of path {run.path}, expected {path}: was it renamed?")
+    return run
+
+
+def missing(folder: Path | str = FOLDER) -> list[int]:
+    """The paths that need a GPU and of which no run is kept."""
+    return [path for path in (1, 2) if stored_run(path, folder) is None]
+
+
+def not_yet(path: int) -> str:
+    """What the chapter says where a run is missing."""
+    return f"Path {path}, {PATHS[path]}: not run yet for this book. No number is shown for it."
