@@ -1,16 +1,29 @@
-"""A language model of two layers in the format of SmolLM2's: a GGUF with its tokenizer, written by the test."""
+"""Two tiny models: a language model in SmolLM2's format, a GGUF with its tokenizer that the test writes; and a `Llava`
+of the course's own words, with conversations about pictures that are drawn for it.
+"""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from vlm_course.decoder import DecoderConfig
 from vlm_course.finetune import smollm
+from vlm_course.finetune.collate import Collator
+from vlm_course.finetune.data import read_records
+from vlm_course.finetune.loader import Loader
+from vlm_course.finetune.tokenizers import for_small
+from vlm_course.llava import Llava, LlavaConfig
+from vlm_course.vit import ViTConfig
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>")
 WORDS = ("user", "assistant", " the", " is", "what", " color", "red", " red", "circle")
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 LLAMA = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 64, "head_dim": 8}
 
 
@@ -114,3 +127,57 @@ def tiny_gguf(tmp_path_factory) -> TinyGguf:
 def tiny_smollm(tiny_gguf, tmp_path_factory) -> Path:
     """The cache folder of the tiny model: stands in for SmolLM2 wherever a test must not download it."""
     return smollm.cached(tiny_gguf.file, root=tmp_path_factory.mktemp("cache"), sha256=tiny_gguf.sha256)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """4 x 4 patches, two layers, 64 wide: a step takes milliseconds."""
+    adapter = for_small()
+    text = DecoderConfig(adapter.vocab_size, width=64, layers=2, heads=4, kv_heads=2, mlp_width=96, max_positions=96)
+    vision = ViTConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_width=64)
+    return LlavaConfig(vision=vision, text=text, image_id=adapter.image_id)
+
+
+@pytest.fixture
+def tiny(tiny_config):
+    """A function that builds the same untrained model again and again."""
+
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return Llava(tiny_config)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def talk_file(tmp_path_factory):
+    """24 records of one to three questions about plain pictures; every sixth is a text without an image."""
+    folder = tmp_path_factory.mktemp("talk")
+    lines = []
+    for number in range(24):
+        colour = COLOURS[number % len(COLOURS)]
+        turns = [("What colour is the object?", colour + "."), ("Is there a circle?", "no."), ("Why?", "because.")]
+        talk = []
+        for question, answer in turns[: 1 + number % 3]:
+            talk += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        record = {"id": str(number), "conversations": talk}
+        if number % 6 != 5:
+            Image.new("RGB", (40, 30 + number), colour).save(folder / f"{number}.png")
+            record["image"] = f"{number}.png"
+            talk[0]["value"] = "<image>\n" + talk[0]["value"]
+        lines.append(json.dumps(record))
+    file = folder / "talk.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def loader(talk_file, tiny_config):
+    """A function that makes a `Loader` of these records."""
+    records = read_records(talk_file)
+
+    def build(batch=6, *, seed=0, **options):
+        return Loader(records, Collator(for_small(), tiny_config, **options), batch, seed)
+
+    return build
