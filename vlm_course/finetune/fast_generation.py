@@ -56,7 +56,7 @@ def _check_prompt(
 
 
 def milliseconds(run: Callable[[], object], *, repeats: int = 3, graph: bool = True) -> float:
-    """Time of a function of GPU kernels, the least of `repeats`; recorded as a graph first, so that no launch counts."""
+    """Time of a function of GPU kernels, the least of `repeats`; as a recorded graph, so that no launch counts."""
     replay = capture(run).replay if graph else run
     replay()
     taken = []
