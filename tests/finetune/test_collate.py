@@ -12,7 +12,7 @@ from PIL import Image
 from vlm_course.chat import IGNORE, encode_chat, encode_vicuna
 from vlm_course.finetune.collate import Batch, Collator, default_preprocess, fitting
 from vlm_course.finetune.data import read_records
-from vlm_course.finetune.loader import Loader, ahead
+from vlm_course.finetune.loader import Loader, ahead, shared
 from vlm_course.finetune.losses import plain_loss
 from vlm_course.finetune.tokenizers import FastAdapter, for_small
 from vlm_course.images import clip_preprocess, pad_to_square, small_preprocess
@@ -252,6 +252,16 @@ def test_processes_share_a_batch_without_remainder(loader):
         loader(0)
     with pytest.raises(ValueError, match="0 records"):
         Loader((), whole.collator, 1)
+
+
+def test_a_plain_function_is_shared_by_rows(loader):
+    whole = loader(7)
+    plain = lambda step: whole(step)  # noqa: E731
+    assert shared(plain, 0, 1) is plain
+    parts = [shared(plain, rank, 2)(3) for rank in range(2)]
+    own = [shared(whole, rank, 2)(3) for rank in range(2)]
+    for part, mine in zip(parts, own, strict=True):
+        assert torch.equal(part.ids, mine.ids) and torch.equal(part.pixels, mine.pixels)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

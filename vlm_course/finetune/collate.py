@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -221,8 +222,12 @@ def default_preprocess(config: LlavaConfig) -> Callable[[Image.Image], Tensor]:
     if height != width:
         raise ValueError(f"the tower takes images of {height} x {width}, not squares: give `preprocess`")
     if config.vision == SMALL.vision:
-        return lambda image: small_preprocess(image, size=height)
-    return lambda image: clip_preprocess(pad_to_square(image), size=height)
+        return partial(small_preprocess, size=height)
+    return partial(_llava_preprocess, size=height)
+
+
+def _llava_preprocess(image: Image.Image, *, size: int) -> Tensor:
+    return clip_preprocess(pad_to_square(image.convert("RGB")), size=size)
 
 
 def fitting(records: Records, collator: Collator, *, skip_bad: bool = False) -> Records:

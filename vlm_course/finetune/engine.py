@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from ..llava import Llava
 from ..training import freeze_all_but, learning_rate, parameter_groups
 from . import checkpoint, distributed, memory
 from .collate import Batch
-from .loader import ahead
-from .lora import add_lora, has_lora, lora_state
+from .loader import ahead, shared
+from .lora import add_lora, has_lora, lora_state, merge_lora
 from .losses import plain_loss
 from .plan import FinetunePlan
 
@@ -78,7 +79,9 @@ class Trainer:
         self.model, self.plan, self.folder = model, plan, Path(folder)
         self.world = distributed.join(device)
         self.say = log if self.world.first else lambda line: None
-        self.batches = _shared(batches, plan, self.world)
+        if getattr(batches, "batch", plan.batch) != plan.batch:
+            raise ValueError(f"the batches have {batches.batch} records, but the plan's batch is {plan.batch}")
+        self.batches = shared(batches, self.world.rank, self.world.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         cuda = self.world.device.type == "cuda"
         self.log_every = plan.log_every or (10 if cuda else 1)
@@ -196,6 +199,23 @@ class Trainer:
         seconds = time.monotonic() - began
         return Report(self.step, plan.steps, value, seconds, self._speed(start, warm), used, self.micro or 0)
 
+    def trained(self) -> Llava | None:
+        """The model as it is now, whole and without LoRA, in eval mode; a copy where it is divided among processes or
+        has LoRA. Every process must call it; None on all but the first.
+        """
+        if not self.divided and self.plan.mode != "lora":
+            return self.model.eval() if self.world.first else None
+        if self.divided:
+            with torch.device("meta"):
+                model = Llava(self.model.config)
+            state = {k: distributed.whole(v, keep=self.world.first) for k, v in self.model.state_dict().items()}
+            if self.world.first:
+                model.load_state_dict(state, assign=True)
+        elif self.world.first:
+            model = copy.deepcopy(self.model)
+            merge_lora(model)
+        return model.eval() if self.world.first else None
+
     def _agreed(self, mine: bool) -> bool:
         """Whether any process says so: a decision that all must take alike."""
         return bool(self.world.greatest(float(mine))[0])
@@ -284,20 +304,3 @@ class Trainer:
                 (loss * (weight * world)).backward()
             total += weight * loss.detach()
         return total
-
-
-def _shared(batches: Callable[[int], Batch], plan: FinetunePlan, world: distributed.World) -> Callable[[int], Batch]:
-    """This process's part of every batch."""
-    if getattr(batches, "batch", plan.batch) != plan.batch:
-        raise ValueError(f"the batches have {batches.batch} records, but the plan's batch is {plan.batch}")
-    if world.size == 1:
-        return batches
-    if hasattr(batches, "share"):
-        return batches.share(world.rank, world.size)
-
-    def part(step: int) -> Batch:
-        batch = batches(step)
-        first, last = (len(batch) * number // world.size for number in (world.rank, world.rank + 1))
-        return batch.part(first, last)
-
-    return part

@@ -69,6 +69,21 @@ class Loader:
         return f"{len(self.records)} records ({data}) of at most {self.collator.max_tokens} tokens, {packed}"
 
 
+def shared(batches: Callable[[int], Batch], rank: int, world: int) -> Callable[[int], Batch]:
+    """One process's part of every batch; read by itself where `batches` can share, else cut out of the whole."""
+    if world == 1:
+        return batches
+    if hasattr(batches, "share"):
+        return batches.share(rank, world)
+
+    def part(step: int) -> Batch:
+        batch = batches(step)
+        first, last = (len(batch) * number // world for number in (rank, rank + 1))
+        return batch.part(first, last)
+
+    return part
+
+
 def ahead(batches: Callable[[int], Batch], start: int, stop: int, *, workers: int = 0) -> Iterator[Batch]:
     """`batches(step)` for start <= step < stop, in order; `workers` threads are that many steps ahead.
 
