@@ -60,6 +60,25 @@ def block_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
     return same[:, None]  # [B, T, T] -> [B, 1, T, T]
 
 
+def _queries_rule(queries, length, *, documents=None):
+    require_shape(queries, "queries", "batch queries", floating=False)
+    if documents is not None:
+        require_shape(documents, "documents", "batch tokens", floating=False, batch=len(queries), tokens=length)
+
+
+@counts(length=1)
+@checks(_queries_rule)
+def queries_mask(queries: Tensor, length: int, *, documents: Tensor | None = None) -> Tensor:
+    """The rows of a causal mask that belong to some positions only: queries [B, S], the places of the queries in a row
+    of `length` tokens -> [B, 1, S, length]. With documents [B, length] these rows are `block_mask`'s."""
+    keys = torch.arange(length, device=queries.device)
+    mask = keys <= queries[..., None]  # [B, S, T]
+    if documents is not None:
+        own = documents.gather(1, queries)  # [B, S]
+        mask = mask & (own[..., None] == documents[:, None, :]) & (own >= 0)[..., None]
+    return mask[:, None]
+
+
 def _media_rule(media, tokens_per_image):
     require_shape(media, "media", "batch tokens images", floating=None)
 
