@@ -11,6 +11,7 @@ is left out, in training as in asking; it says nothing about images and costs 21
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,20 @@ from vlm_course.tokenizer import SPECIAL, WordTokenizer
 from vlm_course.validation import require_count
 
 IMAGE = "<image>"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The ids that a template puts around images, questions and answers, for those who build rows as tensors.
+
+    A row is: opening, image, asking, question, answering, answer, ending; then again, question, answering and so on.
+    """
+
+    opening: list[int]
+    asking: list[int]
+    answering: list[int]
+    ending: list[int]
+    again: list[int]
 
 
 class TokenizerAdapter(Protocol):
@@ -48,6 +63,8 @@ class WordAdapter:
         for name in ("pad", "bos", "eos", "image", "user", "assistant"):
             setattr(self, f"{name}_id", getattr(words, f"{name}_id"))
         self.vocab_size = words.vocab_size
+        user, assistant = [words.user_id], [words.assistant_id]
+        self.frame = Frame([words.bos_id], user, assistant, [words.eos_id], user)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return self.words.encode(text, special=special)
@@ -112,9 +129,8 @@ class ChatMLAdapter(FastAdapter):
         super().__init__(fast, eos_id=ids["<|im_end|>"], pad_id=ids["<|endoftext|>"])
         self.bos_id = None  # conversations begin with <|im_start|>, and nothing stands before it
         start, end, line = [ids["<|im_start|>"]], [self.eos_id], self.encode("\n")
-        self.user = start + self.encode("user\n")
-        self.assistant = end + line + start + self.encode("assistant\n")
-        self.line = line
+        user, assistant = start + self.encode("user\n"), end + line + start + self.encode("assistant\n")
+        self.frame = Frame(user, line, assistant, end, line + user)
 
     def encode_chat(self, turns: Turns, visual_tokens: int) -> tuple[list[int], list[int]]:
         """<|im_start|>user\\n <image>*M \\n question<|im_end|>\\n<|im_start|>assistant\\n answer<|im_end|>, and so on.
@@ -129,9 +145,10 @@ class ChatMLAdapter(FastAdapter):
         for number, (question, answer) in enumerate(turns):
             if answer is None and number < len(turns) - 1:
                 raise ValueError(f"turn {number} of {len(turns)} has no answer: only the last may be left open")
-            image = [self.image_id] * visual_tokens + self.line if visual_tokens and number == 0 else []
-            prompt = (self.line if number else []) + self.user + image + self.encode(question) + self.assistant
-            response = [] if answer is None else [*self.encode(answer), self.eos_id]
+            image = [self.image_id] * visual_tokens + self.frame.asking if visual_tokens and not number else []
+            before = self.frame.again if number else self.frame.opening + image
+            prompt = before + self.encode(question) + self.frame.answering
+            response = [] if answer is None else [*self.encode(answer), *self.frame.ending]
             ids += prompt + response
             labels += [IGNORE] * len(prompt) + response
         return ids, labels
