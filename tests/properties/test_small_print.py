@@ -1,0 +1,120 @@
+"""What the docstrings of the seven core mechanisms say in half a sentence: padding, batches, integers, corner sizes."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_course.bridges import CAbstractor, ShuffleProjection
+from vlm_course.fusion import GatedCrossAttention, media_mask, packed_media_mask
+from vlm_course.packing import axial_phases, pack_images, stretched_positions
+from vlm_course.resolution import (
+    pack_image_features,
+    require_size,
+    select_best_resolution,
+    stitch_tiles,
+)
+
+IMAGE, EOS, WORD = 9, 2, 7
+rows_of_ids = st.lists(st.lists(st.sampled_from([IMAGE, EOS, WORD]), min_size=5, max_size=5), min_size=2, max_size=4)
+
+
+# ------------------------------------------------------------------------------------------------------- fusion
+
+
+@given(rows_of_ids)
+def test_no_row_of_a_batch_has_a_say_in_anothers_media_mask(rows):
+    """An <eos> at the end of one row must not close the first document of the next."""
+    batch = torch.tensor(rows)
+    images = max(1, int((batch == IMAGE).sum(dim=1).max()))
+    for mask in (lambda ids: media_mask(ids, IMAGE, images), lambda ids: packed_media_mask(ids, IMAGE, images, EOS)):
+        alone = [mask(batch[row : row + 1]) for row in range(len(rows))]
+        assert torch.equal(mask(batch), torch.cat(alone))
+
+
+def test_an_image_at_the_very_start_of_a_packed_row_is_seen():
+    mask = packed_media_mask(torch.tensor([[IMAGE, WORD, EOS, WORD, IMAGE]]), IMAGE, 2, EOS)
+    assert mask[0].int().tolist() == [[1, 0], [1, 0], [1, 0], [0, 0], [0, 1]]
+
+
+def test_the_gated_blocks_own_feed_forward_has_a_gelu():
+    """open_flamingo's choice is the default; others are handed in."""
+    block = GatedCrossAttention(dim=4, media_dim=6, heads=2, head_dim=3)
+    assert isinstance(block.feed_forward[2], torch.nn.GELU)
+    with torch.no_grad():
+        block.feed_forward_gate.fill_(0.7)
+        text = torch.randn(1, 3, 4)
+        added = block(text, torch.randn(1, 1, 2, 6), torch.ones(1, 3, 1).bool()) - text
+        norm, first, _, last = block.feed_forward
+        expected = torch.tensor(0.7).tanh() * last(torch.nn.functional.gelu(first(norm(text))))
+    torch.testing.assert_close(added, expected)
+
+
+# ------------------------------------------------------------------------------------------------------ bridges
+
+
+@torch.no_grad()
+def test_the_abstractors_positions_are_added_to_the_patches():
+    sizes = {"vision_dim": 6, "llm_dim": 5, "queries": 4, "hidden": 8, "depth": 1, "grid": (3, 4)}
+    placed, plain = CAbstractor(**sizes, positions=True).eval(), CAbstractor(**sizes).eval()
+    state = placed.state_dict()
+    plain.load_state_dict({name: tensor for name, tensor in state.items() if name != "positions"})
+    placed.positions.normal_()
+    features = torch.randn(2, 12, 6)
+    torch.testing.assert_close(placed(features), plain(features + placed.positions))
+
+
+def test_the_shuffle_bridge_refuses_a_grid_that_it_cannot_halve():
+    bridge = ShuffleProjection(6, 5)
+    with pytest.raises(ValueError, match=r"rows is 3.*factor = 2"):
+        bridge(torch.zeros(1, 9, 6))
+    with pytest.raises(ValueError, match=r"17.*16 or 25"):
+        bridge(torch.zeros(1, 17, 6))
+
+
+# ------------------------------------------------------------------------------------------------------ packing
+
+
+def test_stretched_positions_are_zero_at_padding_and_the_table_itself_at_its_own_size():
+    table = torch.randn(2, 3, 4) + 5
+    packed = pack_images([torch.zeros(1, 4, 6), torch.zeros(1, 2, 2)], 2, capacity=9)
+    stretched = stretched_positions(table, packed)
+    torch.testing.assert_close(stretched[0, :6], table.flatten(0, 1))
+    assert stretched[0, 6].abs().min() > 0 and not stretched[0, 7:].any()
+
+
+def test_any_theta_above_zero_turns():
+    """theta 1 turns all pairs alike, and below 1 the later ones turn faster."""
+    cos, sin = axial_phases(torch.tensor([[[2, 3]]]), 8, 1.0)
+    torch.testing.assert_close(torch.atan2(sin, cos).flatten(), torch.tensor([2.0, 2.0, 3.0, 3.0]))
+    cos, sin = axial_phases(torch.tensor([[[1, 0]]]), 8, 0.25)
+    torch.testing.assert_close(torch.atan2(sin, cos).flatten(), torch.tensor([1.0, 2.0, 0.0, 0.0]))
+
+
+# --------------------------------------------------------------------------------------------------- resolution
+
+
+@pytest.mark.parametrize("size", [{3, 4}, {3: 4, 5: 6}, "34", 7, (True, 4.0), (3,)])
+def test_a_size_is_a_pair_in_order(size):
+    with pytest.raises(ValueError, match="expected two whole numbers"):
+        require_size(size, "size")
+
+
+def test_a_canvas_is_given_back_as_a_tuple_whatever_held_it():
+    assert select_best_resolution([10, 20], [[32, 64]]) == (32, 64)
+
+
+def test_integer_features_are_laid_out_like_any_others():
+    """Numbered cells show where each went; nothing here computes with them."""
+    tiles = torch.arange(2 * 4).reshape(2, 4, 1)
+    assert stitch_tiles(tiles, (1, 2))[..., 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    views = torch.cat([tiles[:1] - 10, tiles])
+    packed = pack_image_features(views, (4, 8), grid=(1, 2), newline=torch.tensor([-1]))
+    assert packed.flatten().tolist() == [-10, -9, -8, -7, 0, 1, 4, 5, -1, 2, 3, 6, 7, -1]
+
+
+def test_a_thumbnail_alone_is_checked_too():
+    with pytest.raises(ValueError, match=r"size is \(0, 5\)"):
+        pack_image_features(torch.zeros(1, 16, 4), (0, 5), grid=None)
+    with pytest.raises(ValueError, match=r"15.*9 or 16.*CLS"):
+        pack_image_features(torch.zeros(1, 15, 4), (5, 5), grid=None)
