@@ -95,8 +95,6 @@ def _pack_rule(images: Sequence[Tensor], patch_size: int, *, capacity=None, rows
         require_shape(image, name, "C H W", floating=None, C=images[0].shape[0], hint="pack a list of single images")
         require_divisible(image.shape[1], patch_size, f"the height of {name}", "patch_size")
         require_divisible(image.shape[2], patch_size, f"the width of {name}", "patch_size")
-        if image.numel() == 0:
-            raise ValueError(f"{name} has shape {tuple(image.shape)}, expected at least one patch")
         if (image.dtype, image.device) != (images[0].dtype, images[0].device):
             raise ValueError(f"{name} is {image.dtype} on {image.device}, image 0 {images[0].dtype} on "
                              f"{images[0].device}: expected one dtype and one device")  # fmt: skip
@@ -180,8 +178,6 @@ def axial_phases(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tu
 
 def _table_rule(table: Tensor, packed: PackedImages) -> None:
     require_shape(table, "table", "rows columns D", hint="unflatten a table [N, D] into its grid")
-    if table.numel() == 0:
-        raise ValueError(f"table has shape {tuple(table.shape)}, expected at least one row and one column")
     if table.device != packed.documents.device:
         raise ValueError(f"table lies on {table.device}, the packing on {packed.documents.device}")
 

@@ -100,7 +100,6 @@ def divide_to_tiles(image: Tensor, tile: int) -> Tensor:
 
 def _check_resize(image: Tensor, size: Size) -> None:
     require_shape(image, "image", "C H W", hint="one picture at a time")
-    require_size(tuple(image.shape[1:]), "the image's size")
     require_size(size, "size")
 
 
@@ -240,7 +239,6 @@ def pack_image_features(features: Tensor, size: Size, *, grid: Size | None, newl
 
 
 def _check_count(size: Size, resolutions: Sequence[Size], *, tile: int, patch: int, newline: bool = True) -> None:
-    _check_tiling(size, resolutions, tile)
     require_divisible(tile, patch, "tile", "patch")
 
 

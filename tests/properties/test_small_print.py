@@ -4,13 +4,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from vlm_course.bridges import CAbstractor, ShuffleProjection
-from vlm_course.fusion import GatedCrossAttention, media_mask, packed_media_mask
-from vlm_course.packing import axial_phases, pack_images, stretched_positions
+from vlm_course.bridges import CAbstractor, PerceiverResampler, ShuffleProjection
+from vlm_course.decoder import RMSNorm
+from vlm_course.fusion import GatedCrossAttention, media_mask, packed_media_mask, splice_image_features
+from vlm_course.packing import (
+    FactorisedPositions,
+    PackedVisionTransformer,
+    PackedViTConfig,
+    axial_phases,
+    pack_images,
+    stretched_positions,
+)
 from vlm_course.resolution import (
+    anyres_grid,
+    anyres_token_count,
     pack_image_features,
     require_size,
+    resize,
     select_best_resolution,
     stitch_tiles,
 )
@@ -37,16 +49,38 @@ def test_an_image_at_the_very_start_of_a_packed_row_is_seen():
     assert mask[0].int().tolist() == [[1, 0], [1, 0], [1, 0], [0, 0], [0, 1]]
 
 
+def test_every_row_is_counted_before_images_are_given_out():
+    """The second row holds one image more than there are; that the first holds none does not make up for it."""
+    with pytest.raises(ValueError, match="2 image tokens but n_images is 1"):
+        media_mask(torch.tensor([[WORD, WORD], [IMAGE, IMAGE]]), IMAGE, 1)
+
+
+def test_splice_without_checks_and_without_tokens():
+    """`check=False` leaves the counting out, for who has counted: then a missing feature is the last one again."""
+    ids, features = torch.tensor([[IMAGE, WORD]]), torch.tensor([[[1.0], [2.0]]])
+    with pytest.raises(ValueError, match="1 placeholders but the tower gave 2"):
+        splice_image_features(torch.zeros(1, 2, 1), ids, features, IMAGE)
+    assert splice_image_features(torch.zeros(1, 2, 1), ids, features, IMAGE, check=False).flatten().tolist() == [1, 0]
+    with pytest.raises(ValueError, match="no axis of size 0"):
+        splice_image_features(torch.zeros(1, 0, 1), torch.zeros(1, 0).long(), features, IMAGE)
+
+
+def test_the_gated_block_refuses_media_of_another_batch_before_it_computes():
+    block = GatedCrossAttention(dim=4, media_dim=6, heads=2, head_dim=3)
+    with pytest.raises(ValueError, match=r"media has B = 3.*expected 2"):
+        block(torch.zeros(2, 5, 4), torch.zeros(3, 1, 7, 6), torch.ones(2, 5, 1).bool())
+
+
 def test_the_gated_blocks_own_feed_forward_has_a_gelu():
     """open_flamingo's choice is the default; others are handed in."""
     block = GatedCrossAttention(dim=4, media_dim=6, heads=2, head_dim=3)
-    assert isinstance(block.feed_forward[2], torch.nn.GELU)
+    assert isinstance(block.feed_forward[2], nn.GELU)
     with torch.no_grad():
         block.feed_forward_gate.fill_(0.7)
         text = torch.randn(1, 3, 4)
         added = block(text, torch.randn(1, 1, 2, 6), torch.ones(1, 3, 1).bool()) - text
         norm, first, _, last = block.feed_forward
-        expected = torch.tensor(0.7).tanh() * last(torch.nn.functional.gelu(first(norm(text))))
+        expected = torch.tensor(0.7).tanh() * last(nn.functional.gelu(first(norm(text))))
     torch.testing.assert_close(added, expected)
 
 
@@ -72,7 +106,33 @@ def test_the_shuffle_bridge_refuses_a_grid_that_it_cannot_halve():
         bridge(torch.zeros(1, 17, 6))
 
 
+def test_the_resamplers_own_activation_is_an_exact_gelu():
+    assert [type(layer.feed_forward[2]) for layer in PerceiverResampler(dim=4, queries=2, depth=2).layers] == [
+        nn.GELU
+    ] * 2
+    assert PerceiverResampler(dim=4, queries=2).layers[0].feed_forward[2].approximate == "none"
+
+
 # ------------------------------------------------------------------------------------------------------ packing
+
+
+def test_padding_stands_where_any_table_has_a_row():
+    """(0, 0): a table of one row and one column still holds it."""
+    packed = pack_images([torch.zeros(1, 2, 2)], 2, capacity=3)
+    assert packed.positions.tolist() == [[[0, 0]] * 3] and packed.documents.tolist() == [[0, -1, -1]]
+    assert FactorisedPositions(1, 1, 4)(packed.positions).shape == (1, 3, 4)
+
+
+def test_the_packed_towers_norms_all_have_the_configured_eps():
+    config = PackedViTConfig(patch_size=2, width=8, layers=2, heads=2, mlp_width=4, norm_eps=0.25)
+    norms = [part for part in PackedVisionTransformer(config).modules() if isinstance(part, RMSNorm)]
+    assert len(norms) == 5 and {norm.eps for norm in norms} == {0.25}
+
+
+def test_the_packed_tower_refuses_patches_that_lie_elsewhere():
+    tower = PackedVisionTransformer(PackedViTConfig(patch_size=2, width=8, layers=1, heads=2, mlp_width=4))
+    with pytest.raises(ValueError, match="patches is on meta, but the tower is on cpu"):
+        tower(pack_images([torch.zeros(3, 2, 2, device="meta")], 2))
 
 
 def test_stretched_positions_are_zero_at_padding_and_the_table_itself_at_its_own_size():
@@ -98,6 +158,26 @@ def test_any_theta_above_zero_turns():
 def test_a_size_is_a_pair_in_order(size):
     with pytest.raises(ValueError, match="expected two whole numbers"):
         require_size(size, "size")
+
+
+def test_a_picture_that_has_its_size_already_is_not_touched():
+    picture = torch.rand(3, 4, 6)
+    assert resize(picture, (4, 6)) is picture
+    assert resize(picture, (5, 6)).shape == (3, 5, 6)
+
+
+def test_a_resolution_is_a_pair_too_wherever_it_is_named():
+    for call in (
+        lambda: anyres_grid((5, 5), [(32, 64, 3)], 32),
+        lambda: anyres_token_count((5, 5), [(32, 64, 3)], tile=32, patch=8),
+    ):
+        with pytest.raises(ValueError, match=r"a resolution is \(32, 64, 3\), expected two whole numbers"):
+            call()
+
+
+def test_tiles_that_are_no_squares_of_patches_name_the_likely_cause():
+    with pytest.raises(ValueError, match=r"17.*16 or 25.*CLS"):
+        stitch_tiles(torch.zeros(2, 17, 3), (1, 2))
 
 
 def test_a_canvas_is_given_back_as_a_tuple_whatever_held_it():
