@@ -18,14 +18,14 @@ def plain(value) -> Value | Opaque:
     """The value as tensors, numbers, strings and collections of them; anything else becomes `Opaque`."""
     if isinstance(value, torch.Tensor):
         return value.detach()
+    if type(value).__module__ == "numpy":  # first: numpy's float64 is a float, and no message may carry it
+        return plain(torch.as_tensor(value)) if getattr(value, "ndim", 0) else plain(value.item())
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):
         return tuple(plain(item) for item in value)
     if isinstance(value, dict):
         return {key if isinstance(key, str) else repr(key): plain(item) for key, item in value.items()}
-    if type(value).__module__ == "numpy":
-        return plain(torch.as_tensor(value)) if getattr(value, "ndim", 0) else plain(value.item())
     return Opaque(type(value).__name__)
 
 
