@@ -32,10 +32,10 @@ def draw_marks(image: Image.Image, marks: Iterable[Mark], *, least_side: int = 3
     font = ImageFont.load_default(size=11 * unit)
     for mark in marks:
         box = [value * scale for value in mark.xyxy]
+        arm = 8 * unit if mark.is_point else 0
         for colour, width in (("white", 5 * unit), ("black", 2 * unit)):
             if mark.is_point:
                 x, y = box[:2]
-                arm = 8 * unit
                 pen.line([x - arm, y, x + arm, y], fill=colour, width=width)
                 pen.line([x, y - arm, x, y + arm], fill=colour, width=width)
             else:
@@ -43,8 +43,8 @@ def draw_marks(image: Image.Image, marks: Iterable[Mark], *, least_side: int = 3
                 pen.rectangle([*low, *high], outline=colour, width=width)
         left, _, right, bottom = pen.textbbox((0, 0), mark.label, font=font)
         x = min(max(0, box[0]), max(0, canvas.width - (right - left) - 4 * unit))
-        above = box[1] - (bottom + 4 * unit)
-        y = above if above >= 0 else min(box[3] + 2 * unit, canvas.height - bottom - 4 * unit)
+        above = box[1] - arm - (bottom + 4 * unit)
+        y = above if above >= 0 else min(box[3] + arm + 2 * unit, canvas.height - bottom - 4 * unit)
         pen.rectangle([x, y, x + right + 4 * unit, y + bottom + 4 * unit], fill="white")
         pen.text((x + 2 * unit, y + unit), mark.label, fill="black", font=font)
     return canvas
