@@ -232,16 +232,6 @@ def takes(
     return rule
 
 
-def together(*rules: Callable[..., None]) -> Callable[..., None]:
-    """Several rules as one, in order."""
-
-    def rule(*args: Any, **kwargs: Any) -> None:
-        for one in rules:
-            one(*args, **kwargs)
-
-    return rule
-
-
 def require_grid(grid: Any, name: str) -> None:
     """Raise ValueError unless `grid` is (rows, columns), two whole numbers of at least 1."""
     if not isinstance(grid, Sequence) or len(grid) != 2:
