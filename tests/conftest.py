@@ -7,10 +7,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("course", deadline=None, max_examples=30, derandomize=True, database=None)
-settings.load_profile("course")
+settings.register_profile("mutants", parent=settings.get_profile("course"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "course"))
 torch.set_num_threads(1)
 
 

@@ -1,263 +1,235 @@
 """`make mutate`: change the package on purpose, one spot at a time, and count the changes that no test notices.
 
-    python tests/mutate.py [MODULE ...] [--each N] [--seed S] [--jobs 2] [--minutes 30]
+    python tests/mutate.py [MODULE ...] [--survivors] [--fresh] [--most 10] [--jobs 2] [--minutes 30]
 
-A mutant is one changed operator, comparison, constant or default, one dropped `not`, or one dropped check. The tests of
-its module run on it until the first failure. Words of messages stay as they are. A survivor is a missing test, or a
-change that means the same: docs/mutation.md says which is which. Torch and transformers are imported once; every mutant
-is a fork of that process with one thread, since forks hang with more. Not for Windows, which cannot fork.
+tests/mutants/spots.py says which changes are tried; words of messages stay as they are. On each run the tests of
+tests/properties and tests/parity that reach the changed statement, those of files that name the module first, until one
+fails. A survivor is a missing test, or a change that means the same: docs/mutation.md says which is which, and the
+survivors are printed under its headings. Results are kept in runs/mutation: a run that was stopped goes on where it
+was, `--survivors` tries only what was not killed, `--fresh` forgets. Timeouts are counted apart. Not for Windows, which
+cannot fork.
 """
 
 import argparse
-import ast
-import importlib.abc
-import importlib.util
-import math
+import hashlib
+import json
 import os
 import random
-import signal
+import re
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+from mutants.spots import MODULES
+
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["HYPOTHESIS_PROFILE"] = "mutants"  # a failure is enough, no need to look for the smallest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The tests of each module: the closest and quickest first, since the first failure ends the run.
-TESTS = {
-    "attention": "properties/test_masks_by_loops.py properties/test_language_attention.py "
-    "properties/test_language_model.py parity/test_language_idefics.py",
-    "fusion": "properties/test_masks_by_loops.py properties/test_defaults.py properties/test_language_data.py "
-    "properties/test_flamingo.py parity/test_language_idefics.py parity/test_fuyu.py",
-    "loss": "properties/test_defaults.py properties/test_language_data.py properties/test_language_model.py "
-    "parity/test_packed_documents.py",
-    "bridges": "properties/test_defaults.py properties/test_vision_properties.py parity/test_vision_bridges.py "
-    "properties/test_costs.py parity/test_qformer.py",
-    "patches": "properties/test_defaults.py properties/test_vision_properties.py parity/test_vision_towers.py "
-    "parity/test_vision_images.py parity/test_encoders.py",
-    "packing": "properties/test_defaults.py parity/test_packing.py",
-    "resolution": "parity/test_resolution.py",
-}
-# The table of bad inputs names the module that it is about.
-BAD_INPUT = "properties/test_bad_input.py"
-PRELOADED = ("timm", "torchvision", "hypothesis", "pytest", "transformers", "PIL.Image")
-PRELOADED += tuple(
-    f"transformers.models.{name}.modeling_{name}"
-    for name in ("clip", "idefics", "llama", "llava", "llava_next", "pixtral", "siglip2", "fuyu", "persimmon")
-)
-ONLY_WORDS = {"_cause"}  # functions that choose the words of a message and nothing else
-SWAPS = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
-}  # fmt: skip
+FOLDERS = ("tests/properties", "tests/parity")
+WIDE = (8, 7, 8, 10, 10, 9, 8)  # columns of the table
+NOTES = ROOT / "docs" / "mutation.md"
+KEPT = ROOT / "runs" / "mutation"
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One changed spot of a module: what stood there, what stands there now, and the whole changed source."""
-
-    module: str
-    line: int
-    before: str
-    after: str
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.py:{self.line}: {self.before}  ->  {self.after}"
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def changes(node: ast.AST):
-    """(field, new value) for each way of changing this one node."""
-    if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in SWAPS:
-        yield "op", SWAPS[type(node.op)]()
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-        yield "ops", [SWAPS[type(node.ops[0])](), *node.ops[1:]]
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not | ast.Invert):
-        yield "op", None  # dropped below
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield "value", not node.value
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        yield "value", node.value + 1
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield "value", ast.Constant(value=None)
+def load(name: str) -> dict:
+    path = KEPT / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def spots(tree: ast.Module) -> list[tuple[ast.AST, str, object]]:
-    """Every change in functions and their defaults. Module constants and what only words an error are left alone."""
-    found = []
+def keep(name: str, what: dict) -> None:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    path = KEPT / f"{name}.json"
+    path.with_suffix(".part").write_text(json.dumps(what, indent=0))
+    path.with_suffix(".part").replace(path)
 
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Raise | ast.JoinedStr | ast.AnnAssign) or getattr(node, "name", None) in ONLY_WORDS:
-            return
-        found.extend((node, field, new) for field, new in changes(node))
-        if isinstance(node, ast.arguments):
-            children = [default for default in (*node.defaults, *node.kw_defaults) if default is not None]
-        elif isinstance(node, ast.FunctionDef):
-            children = [node.args, *node.body]
-        else:
-            words = {"hint", "name"} if isinstance(node, ast.Call) else ()
-            children = [n for n in ast.iter_child_nodes(node) if getattr(n, "arg", None) not in words]
-        for child in children:
-            visit(child)
 
-    for statement in tree.body:
-        if isinstance(statement, ast.FunctionDef):
-            visit(statement)
-        elif isinstance(statement, ast.ClassDef):
-            for member in statement.body:
-                if isinstance(member, ast.FunctionDef):
-                    visit(member)
+def explained() -> dict[str, str]:
+    """{name of a mutant: the heading it stands under} from the notes."""
+    heading, found = "", {}
+    for line in NOTES.read_text(encoding="utf-8").splitlines() if NOTES.is_file() else ():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif match := re.match(r"- `(.+? -> .+?)`(?:[:.]|$)", line):
+            found[match[1]] = heading
     return found
 
 
-class _Dropped(ast.NodeTransformer):
-    """Takes the operand in place of the one unary operation whose operator is None."""
+def reached(session, texts: dict[str, str]) -> dict[str, dict]:
+    """{test: its seconds and the lines of the modules that it runs}; only files that changed are run again."""
+    from mutants.session import fork, reach
 
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
-        self.generic_visit(node)
-        return node.operand if node.op is None else node
-
-
-def mutants(module: str) -> list[Mutant]:
-    """Every mutant of a module of the package."""
-    text = (ROOT / "vlm_course" / f"{module}.py").read_text(encoding="utf-8")
-    found = []
-    for index in range(len(spots(ast.parse(text)))):
-        tree = ast.parse(text)
-        node, field, new = spots(tree)[index]
-        before = ast.unparse(node)
-        setattr(node, field, new)
-        tree = _Dropped().visit(tree)
-        after = ast.unparse(node.operand if getattr(node, "op", 0) is None else node)
-        found.append(Mutant(module, node.lineno, before, after, ast.unparse(ast.fix_missing_locations(tree))))
-    return found
-
-
-class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Imports the mutant's source under the name of its module; everything else comes from the files."""
-
-    def __init__(self, mutant: Mutant):
-        self.mutant, self.name = mutant, f"vlm_course.{mutant.module}"
-
-    def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self) if name == self.name else None
-
-    def get_filename(self, name):
-        return str(ROOT / "vlm_course" / f"{self.mutant.module}.py")
-
-    def get_data(self, path):
-        return self.mutant.source.encode()
+    files = {str(ROOT / "vlm_course" / f"{name}.py"): name for name in texts}
+    known, stamp = load("reach"), digest(*texts.values())
+    by_file: dict[str, list] = {}
+    for item in session.items:
+        by_file.setdefault(str(item.path.relative_to(ROOT)), []).append(item)
+    stamps = {file: digest(stamp, (ROOT / file).read_text(encoding="utf-8")) for file in by_file}
+    known = {file: known[file] for file in by_file if known.get(file, {}).get("stamp") == stamps[file]}
+    todo = [file for file in by_file if file not in known]
+    for number, file in enumerate(todo):
+        print(f"\r{number} of {len(todo)} test files run as they are", end="", flush=True, file=sys.stderr)
+        KEPT.mkdir(parents=True, exist_ok=True)
+        answer = KEPT / "answer.json"
+        answer.unlink(missing_ok=True)
+        os.waitpid(fork(lambda items=by_file[file], answer=answer: reach(items, files, answer) or 0), 0)
+        words = set(re.findall(r"\w+", (ROOT / file).read_text(encoding="utf-8")))
+        found = {
+            test: facts | {"names": sorted(words & set(texts))}
+            for test, facts in json.loads(answer.read_text()).items()
+        }
+        known[file] = {"stamp": stamps[file], "tests": found}
+        keep("reach", known)
+    tests = {test: facts for file in known.values() for test, facts in file["tests"].items()}
+    for test, facts in tests.items():
+        if "broken" in facts:
+            print(f"\n{test} fails on the package as it is and is left out: {facts['broken'][-300:]}", file=sys.stderr)
+    return {test: facts for test, facts in tests.items() if "broken" not in facts}
 
 
-def start(module: str, mutant: Mutant | None, output: Path) -> int:
-    """Forks a process that runs the module's tests on the mutant (None: as it is); its exit code is pytest's."""
-    child = os.fork()
-    if child:
-        return child
-    code = 3
-    try:
-        sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        import pytest
+def chosen(mutant, tests: dict[str, dict], most: float) -> tuple[list[str], float]:
+    """The tests that reach the mutant's statement, up to `most` seconds, and what they cost.
 
-        if mutant is not None:
-            sys.meta_path.insert(0, Changed(mutant))
-        options = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not serial"]
-        files = [str(ROOT / "tests" / file) for file in TESTS[module].split()]
-        code = pytest.main([*options, *files])
-        table = ROOT / "tests" / BAD_INPUT
-        if code == 0 and table.is_file():
-            code = pytest.main([*options, "-k", f"[{module}.", str(table)]) % 5  # 5: no row for this module
-    finally:
-        os._exit(int(code))
+    First come those of files that name the module, of these the quickest.
+    """
+    lines = set(range(mutant.span[0], mutant.span[1] + 1))
+    hits = [test for test, facts in tests.items() if lines.intersection(facts["lines"].get(mutant.module, ()))]
+    taken, cost = [], 0.0
+    for test in sorted(hits, key=lambda test: (mutant.module not in tests[test]["names"], tests[test]["seconds"])):
+        if taken and cost + tests[test]["seconds"] > most:
+            break
+        taken.append(test)
+        cost += tests[test]["seconds"]
+    return taken, cost
 
 
-def outcome(status: int) -> str:
-    """What a child's end says."""
-    if os.WIFSIGNALED(status):
-        return "killed"  # it crashed
-    return {0: "survived", 1: "killed", 2: "killed"}.get(os.WEXITSTATUS(status), "broken")
+def run(session, mutants: list, tests: dict[str, dict], functions, options, until: float):
+    """Yields (mutant, outcome, the test that noticed it) as runs end, none begun after `until`."""
+    from mutants.session import FAILED, PASSED, failure, fork, outcome
 
+    items = {item.nodeid: item for item in session.items}
+    waiting, running = list(reversed(mutants)), {}
 
-def run(queue: list[tuple[str, Mutant | None]], jobs: int, limits: dict[str, float], folder: Path, until=math.inf):
-    """Yields (module, mutant, outcome, seconds, output) as runs end, `jobs` at a time, none begun after `until`."""
-    waiting, running = list(reversed(queue)), {}
+    def work(mutant, names, answer):
+        if not functions.change(mutant):
+            answer.write_text("no function with this code is in memory")
+            return 4
+        todo = [items[name] for name in names if name in items]
+        for item, following in zip(todo, [*todo[1:], None], strict=True):
+            if failure(item, following):
+                answer.write_text(item.nodeid)
+                return FAILED
+        return PASSED
+
     while waiting or running:
         if time.monotonic() > until:
             waiting.clear()
-        while waiting and len(running) < jobs:
-            module, mutant = waiting.pop()
-            output = folder / f"{len(waiting)}.txt"
-            running[start(module, mutant, output)] = (module, mutant, output, time.monotonic())
-        time.sleep(0.05)
-        for child, (module, mutant, output, since) in list(running.items()):
-            seconds = time.monotonic() - since
+        while waiting and len(running) < options.jobs:
+            mutant = waiting.pop()
+            names, cost = chosen(mutant, tests, options.most)
+            if not names:
+                yield mutant, "survived", "no test reaches it"
+                continue
+            answer = KEPT / f"answer-{len(waiting)}.txt"
+            answer.write_text("")
+            child = fork(lambda m=mutant, n=names, a=answer: work(m, n, a), seconds=15 + 8 * cost)
+            running[child] = (mutant, answer, time.monotonic() + 600)
+        time.sleep(0.01)
+        for child, (mutant, answer, latest) in list(running.items()):
+            if time.monotonic() > latest:
+                os.kill(child, 9)
             ended, status = os.waitpid(child, os.WNOHANG)
-            if not ended and seconds > limits.get(module, 1200.0):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+            if ended:
                 del running[child]
-                yield module, mutant, "timeout", seconds, ""
-            elif ended:
-                del running[child]
-                yield module, mutant, outcome(status), seconds, output.read_text(errors="replace")
+                yield mutant, outcome(status), answer.read_text()
+                answer.unlink()
+
+
+def report(results: dict[str, dict], counts: dict[str, int], seconds: float) -> float:
+    """Prints survivors under the headings of the notes, timeouts, and the counts by module; returns the share."""
+    notes = explained()
+    left = {name: facts for kept in results.values() for name, facts in kept["mutants"].items() if facts[0] != "killed"}
+    groups: dict[str, list[str]] = {}
+    for name, (result, test, line) in left.items():
+        heading = notes.get(name, "Not explained") if result == "survived" else result.capitalize()
+        groups.setdefault(heading, []).append(f"  line {line}: {name}" + (f"  [{test}]" if test else ""))
+    for heading in sorted(groups):
+        print(f"\n{heading} ({len(groups[heading])})", *groups[heading], sep="\n")
+    words = {name for name, heading in notes.items() if "message" in heading.lower()}
+    heads = zip(("mutants", "tried", "killed", "survived", "of words", "timeout", "share"), WIDE, strict=True)
+    print(f"\n{'module':<12}" + "".join(f"{head:>{width}}" for head, width in heads))
+    total = [0] * 6
+    for module, kept in results.items():
+        tried = [result for result, *_ in kept["mutants"].values()]
+        survived = [name for name, facts in kept["mutants"].items() if facts[0] == "survived"]
+        wording = len(words.intersection(survived))
+        row = [counts[module], len(tried), tried.count("killed"), len(survived) - wording, wording]
+        row += [len(tried) - sum(row[2:])]
+        total = [a + b for a, b in zip(total, row, strict=True)]
+        print(f"{module:<12}{_row(row)}")
+    print(f"{'all':<12}{_row(total)}\n{seconds / 60:.1f} minutes; the share leaves out words of messages and timeouts.")
+    return total[2] / max(1, total[2] + total[3])
+
+
+def _row(row: list[int]) -> str:
+    share = row[2] / max(1, row[2] + row[3])
+    return "".join(f"{number:>{width}}" for number, width in zip(row, WIDE, strict=False)) + f"{share:>{WIDE[-1]}.1%}"
 
 
 def main() -> int:
-    """Prints the survivors and timeouts and the counts by module; returns 1 below 85 percent killed."""
+    """Prints the survivors and the counts by module; returns 1 below 85 percent killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(TESTS)}; all by default")
-    parser.add_argument("--each", type=int, help="at most this many mutants of a module, drawn at random")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}; all by default")
+    parser.add_argument("--survivors", action="store_true", help="try again what was not killed")
+    parser.add_argument("--fresh", action="store_true", help="forget what was found before")
     parser.add_argument("--minutes", type=float, default=30, help="start no further mutant after so long")
+    parser.add_argument("--most", type=float, default=10, help="seconds of tests a mutant; the slowest are left out")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     options = parser.parse_args()
-    if unknown := set(options.modules) - set(TESTS):
-        parser.error(f"no module {', '.join(sorted(unknown))}: choose from {', '.join(TESTS)}")
-    modules = options.modules or list(TESTS)
+    if unknown := set(options.modules) - set(MODULES):
+        parser.error(f"no module {', '.join(sorted(unknown))}: choose from {', '.join(MODULES)}")
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    for name in PRELOADED:
-        importlib.import_module(name)
-    assert not any(name.startswith("vlm_course") for name in sys.modules)
-    draw, counts, began = random.Random(options.seed), {}, time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        limits = {}
-        for module, _, result, seconds, output in run([(m, None) for m in modules], options.jobs, {}, Path(folder)):
-            if result == "survived":
-                limits[module] = 30 + 8 * seconds
-            else:
-                print(f"{module} is left out, its tests fail on the package as it is:\n{output[-2000:]}", flush=True)
-        queue, modules = [], [module for module in modules if module in limits]
-        if not modules:
-            return 2
-        for module in modules:
-            every = mutants(module)
-            chosen = every if options.each is None else draw.sample(every, min(options.each, len(every)))
-            counts[module] = {"mutants": len(every), "killed": 0, "timeout": 0, "survived": 0, "broken": 0}
-            queue += [(module, mutant) for mutant in chosen]
-        draw.shuffle(queue)  # so that what the time allows is a fair sample of all
-        until = began + 60 * options.minutes
-        for module, mutant, result, _, output in run(queue, options.jobs, limits, Path(folder), until):
-            counts[module][result] += 1
-            if result != "killed":
-                print(f"{result}: {mutant}", flush=True)
-            if result == "broken":
-                print(output[-1000:])
-    print(f"\n{'module':<12}{'mutants':>8}{'tried':>7}{'killed':>8}{'timeout':>9}{'survived':>10}{'share':>8}")
-    rows = {**counts, "all": {key: sum(count[key] for count in counts.values()) for key in next(iter(counts.values()))}}
-    for module, count in rows.items():
-        tried = count["killed"] + count["survived"]
-        share = count["killed"] / max(1, tried)
-        print(f"{module:<12}{count['mutants']:>8}{tried + count['timeout']:>7}{count['killed']:>8}{count['timeout']:>9}"
-              f"{count['survived']:>10}{share:>8.1%}")  # fmt: skip
-    print(f"{(time.monotonic() - began) / 60:.0f} minutes; the share leaves timeouts out.")
-    return int(share < 0.85)
+    began, shares = time.monotonic(), []
+
+    def work(session) -> None:
+        from mutants.session import Functions
+        from mutants.spots import mutants
+
+        files = {name: ROOT / "vlm_course" / f"{name}.py" for name in MODULES}
+        texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+        functions = Functions({name: (str(files[name]), text) for name, text in texts.items()})
+        tests = reached(session, texts)
+        print(f"\r{len(tests)} tests, {(time.monotonic() - began) / 60:.1f} minutes so far", file=sys.stderr)
+        results, counts, queue = {}, {}, []
+        for name in options.modules or MODULES:
+            every, stamp = mutants(name, texts[name]), digest(texts[name])
+            kept = {} if options.fresh else load(name)
+            if kept.get("stamp") != stamp:
+                kept = {"stamp": stamp, "mutants": {}}
+            again = kept["mutants"] if not options.survivors else {
+                name: facts for name, facts in kept["mutants"].items() if facts[0] == "killed"
+            }  # fmt: skip
+            queue += [mutant for mutant in every if mutant.name not in again]
+            results[name], counts[name] = kept, len(every)
+        random.Random(0).shuffle(queue)  # so that what the time allows is a fair sample of all
+        for number, (mutant, *facts) in enumerate(
+            run(session, queue, tests, functions, options, began + 60 * options.minutes)
+        ):
+            results[mutant.module]["mutants"][mutant.name] = [*facts, mutant.line]
+            keep(mutant.module, results[mutant.module])
+            if number % 10 == 9:
+                print(f"\r{number + 1} of {len(queue)} mutants tried", end="", flush=True, file=sys.stderr)
+        shares.append(report(results, counts, time.monotonic() - began))
+
+    from mutants.session import collect
+
+    code = collect(list(FOLDERS), work)
+    return int(shares[0] < 0.85) if shares else code or 2
 
 
 if __name__ == "__main__":
