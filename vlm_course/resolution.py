@@ -156,7 +156,6 @@ def unpadded_grid(grid: Size, size: Size) -> Size:
 
 def _check_unpad(features: Tensor, size: Size) -> None:
     require_shape(features, "features", "rows cols D", floating=None, hint="stitch the tiles together first")
-    require_size(size, "size")
 
 
 @checks(_check_unpad)

@@ -13,6 +13,7 @@ from vlm_course.attention import (
     media_attention_mask,
     padding_mask,
     prefix_mask,
+    queries_mask,
 )
 from vlm_course.fusion import media_mask, packed_media_mask
 
@@ -40,6 +41,20 @@ def test_block(documents, causal):
                 assert bool(mask[row, 0, query, key]) == expected
     if causal:
         assert torch.equal(mask, block_mask(torch.tensor(documents)))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=2, max_size=3),
+    st.lists(st.lists(st.integers(-1, 1), min_size=5, max_size=5), min_size=3, max_size=3),
+)
+def test_some_rows_of_a_mask(queries, documents):
+    """The places of the queries may be in any order, and twice the same."""
+    places, numbers = torch.tensor(queries), torch.tensor(documents)[: len(queries)]
+    causal, packed = queries_mask(places, 5), queries_mask(places, 5, documents=numbers)
+    assert causal.shape == packed.shape == (len(queries), 1, 3, 5)
+    for row, chosen in enumerate(queries):
+        assert torch.equal(causal[row, 0], causal_mask(5)[chosen])
+        assert torch.equal(packed[row, 0], block_mask(numbers)[row, 0][chosen])
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=3))
@@ -93,6 +108,21 @@ REFUSED = {
     "padding of a row": (lambda: padding_mask(torch.ones(3)), r"attention_mask .*3.*expected.*\[batch, keys\]"),
     "prefix lengths": (lambda: prefix_mask(torch.ones(1, 2).long(), 3), r"lengths .*1, 2.*expected.*\[batch\]"),
     "prefix of nothing": (lambda: prefix_mask(torch.tensor([0]), 0), "length is 0"),
+    "queries of a row": (lambda: queries_mask(torch.zeros(3).long(), 5), r"queries .*3.*expected.*\[batch, queries\]"),
+    "queries between places": (lambda: queries_mask(torch.zeros(1, 3), 5), "queries is torch.float32.*integer"),
+    "no keys": (lambda: queries_mask(torch.zeros(1, 3).long(), 0), "length is 0"),
+    "documents of other rows": (
+        lambda: queries_mask(torch.zeros(1, 3).long(), 5, documents=torch.zeros(2, 5).long()),
+        "documents has batch = 2.*expected 1",
+    ),
+    "documents of other tokens": (
+        lambda: queries_mask(torch.zeros(1, 3).long(), 5, documents=torch.zeros(1, 4).long()),
+        "documents has tokens = 4.*expected 5",
+    ),
+    "documents that are no numbers": (
+        lambda: queries_mask(torch.zeros(1, 3).long(), 5, documents=torch.zeros(1, 5)),
+        "documents is torch.float32.*integer",
+    ),
     "documents of a row": (lambda: block_mask(torch.zeros(3).long()), r"documents .*3.*expected.*\[batch, tokens\]"),
     "media of a row": (lambda: media_attention_mask(torch.ones(3, 2), 4), r"media .*3, 2.*expected.*\[batch, tokens"),
     "three axes": (lambda: attend(Q[0], K[0], K[0]), "as many keys as values"),

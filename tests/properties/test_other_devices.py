@@ -30,6 +30,7 @@ CALLS = {
     "prefix_mask": (lambda: attention.prefix_mask(ids(2), 4), (2, 1, 4, 4)),
     "block_mask": (lambda: attention.block_mask(ids(2, 5)), (2, 1, 5, 5)),
     "block_mask of images": (lambda: attention.block_mask(ids(2, 5), causal=False), (2, 1, 5, 5)),
+    "queries_mask": (lambda: attention.queries_mask(ids(2, 3), 5, documents=ids(2, 5)), (2, 1, 3, 5)),
     "media_attention_mask": (lambda: attention.media_attention_mask(zeros(2, 5, 3), 4), (2, 1, 5, 12)),
     "attend": (lambda: attention.attend(Q, K, K), (2, 4, 3, 8)),
     "attend behind a cache": (lambda: attention.attend(Q, K, K, is_causal=True), (2, 4, 3, 8)),

@@ -19,6 +19,7 @@ from vlm_course.packing import (
 )
 from vlm_course.resolution import (
     anyres_grid,
+    anyres_tiles,
     anyres_token_count,
     pack_image_features,
     require_size,
@@ -106,6 +107,12 @@ def test_the_shuffle_bridge_refuses_a_grid_that_it_cannot_halve():
         bridge(torch.zeros(1, 17, 6))
 
 
+def test_the_abstractor_refuses_features_that_lie_elsewhere():
+    bridge = CAbstractor(vision_dim=6, llm_dim=5, queries=4, hidden=8, depth=1, grid=4)
+    with pytest.raises(ValueError, match="features is on meta, but the bridge is on cpu"):
+        bridge(torch.zeros(1, 16, 6, device="meta"))
+
+
 def test_the_resamplers_own_activation_is_an_exact_gelu():
     assert [type(layer.feed_forward[2]) for layer in PerceiverResampler(dim=4, queries=2, depth=2).layers] == [
         nn.GELU
@@ -114,6 +121,11 @@ def test_the_resamplers_own_activation_is_an_exact_gelu():
 
 
 # ------------------------------------------------------------------------------------------------------ packing
+
+
+def test_integer_pictures_are_packed_like_any_others():
+    packed = pack_images([torch.arange(4).reshape(1, 2, 2), torch.full((1, 1, 2), 9)], 1)
+    assert packed.patches.flatten().tolist() == [0, 1, 2, 3, 9, 9] and not packed.patches.is_floating_point()
 
 
 def test_padding_stands_where_any_table_has_a_row():
@@ -173,6 +185,16 @@ def test_a_resolution_is_a_pair_too_wherever_it_is_named():
     ):
         with pytest.raises(ValueError, match=r"a resolution is \(32, 64, 3\), expected two whole numbers"):
             call()
+
+
+def test_a_newline_of_another_width_is_refused_behind_a_thumbnail_alone_as_well():
+    with pytest.raises(ValueError, match=r"newline has D = 3.*expected 4"):
+        pack_image_features(torch.zeros(1, 16, 4), (5, 5), grid=None, newline=torch.zeros(3))
+
+
+def test_views_name_the_resolution_that_has_no_whole_tiles():
+    with pytest.raises(ValueError, match="a resolution's height is 5, which is no multiple of tile = 4"):
+        anyres_tiles(torch.zeros(3, 5, 7), [(8, 8), (5, 8)], 4)
 
 
 def test_tiles_that_are_no_squares_of_patches_name_the_likely_cause():
