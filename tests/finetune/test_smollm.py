@@ -56,7 +56,7 @@ def test_what_was_written_is_read(tiny_gguf):
 
 
 def test_the_rows_of_queries_and_keys_are_put_back_as_the_converter_took_them(tiny_gguf):
-    """llama.cpp's convert_hf_to_gguf permutes with reshape(heads, 2, d / 2).swapaxes(1, 2): done again, it is its file."""
+    """llama.cpp's convert_hf_to_gguf permutes with reshape(heads, 2, d / 2).swapaxes(1, 2), which undoes itself."""
     read = smollm.read_gguf(tiny_gguf.file)
     for name, heads in (("query", 4), ("key", 2)):
         ours = read.state[f"blocks.1.attention.{name}.weight"].numpy()
