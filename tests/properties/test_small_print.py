@@ -72,6 +72,16 @@ def test_the_gated_block_refuses_media_of_another_batch_before_it_computes():
         block(torch.zeros(2, 5, 4), torch.zeros(3, 1, 7, 6), torch.ones(2, 5, 1).bool())
 
 
+def test_the_gated_block_names_the_argument_that_does_not_fit():
+    block = GatedCrossAttention(dim=4, media_dim=6, heads=2, head_dim=3)
+    good = {"text": torch.zeros(2, 5, 4), "media": torch.zeros(2, 1, 7, 6), "mask": torch.ones(2, 5, 1).bool()}
+    with pytest.raises(ValueError, match=r"mask has B = 3.*expected 2"):
+        block(**good | {"mask": torch.ones(3, 5, 1).bool()})
+    for name in ("media", "mask"):
+        with pytest.raises(ValueError, match=f"text is on cpu, but {name} is on meta"):
+            block(**good | {name: good[name].to("meta")})
+
+
 def test_the_gated_blocks_own_feed_forward_has_a_gelu():
     """open_flamingo's choice is the default; others are handed in."""
     block = GatedCrossAttention(dim=4, media_dim=6, heads=2, head_dim=3)
@@ -153,6 +163,13 @@ def test_stretched_positions_are_zero_at_padding_and_the_table_itself_at_its_own
     stretched = stretched_positions(table, packed)
     torch.testing.assert_close(stretched[0, :6], table.flatten(0, 1))
     assert stretched[0, 6].abs().min() > 0 and not stretched[0, 7:].any()
+
+
+def test_a_tower_takes_every_theta_that_the_phases_take():
+    sizes = {"patch_size": 2, "width": 8, "layers": 1, "heads": 2, "mlp_width": 4}
+    assert PackedViTConfig(**sizes, rope_theta=0.5).rope_theta == 0.5
+    with pytest.raises(ValueError, match=r"rope_theta is 0\.0.*above 0"):
+        PackedViTConfig(**sizes, rope_theta=0.0)
 
 
 def test_any_theta_above_zero_turns():
