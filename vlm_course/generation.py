@@ -1,5 +1,8 @@
 """Writing an answer token by token: greedy or sampled, in left-padded batches, with a KV cache."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,9 +65,22 @@ def _check_prompt(model, ids, pixels=None, *, attention_mask=None, temperature=0
     require_number(top_p, "top_p", high=1, above=0)
 
 
+def _for_inference(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Runs `function` in torch's inference mode, cheaper than `no_grad` for every small operation. What it returns is
+    an ordinary tensor, which a training may read."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        with torch.inference_mode():
+            result = function(*args, **kwargs)
+        return result.clone()
+
+    return run
+
+
 @counts(max_new_tokens=1)
 @checks(lambda model, ids, pixels, max_new_tokens: _check_prompt(model, ids, pixels))
-@torch.no_grad()
+@_for_inference
 def greedy_generate(model, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> Tensor:
     """`generate` at its simplest: the best token each time, no padding, no early end.
 
@@ -78,6 +94,8 @@ def greedy_generate(model, ids: Tensor, pixels: Tensor, max_new_tokens: int) -> 
     return torch.cat(new, dim=1)  # max_new_tokens x [B, 1] -> [B, max_new_tokens]
 
 
+JOIN_AFTER = 8  # tokens: after so many a step's matrices are joined, and the steps to come soon pay for the copy
+JOIN_BELOW = 2**28  # parameters of a model whose matrices are copied at all: more would take gigabytes
 _PARTS = {Decoder, DecoderBlock, SelfAttention, SwiGLU, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding}
 
 
@@ -85,18 +103,27 @@ class _CachedStep:
     """One more token for every row of a cache: what `Decoder.forward` computes, without calling a module.
 
     Small models spend most of a step on calls, not on arithmetic. Here the weights are looked up once, the rotary
-    phases come from a table of `length` positions, and the query heads that share a key head stand as its queries.
+    phases come from a table of `length` positions, queries and keys turn together, and the query heads that share a
+    key head stand as its queries. `joined` copies the matrices that read the same input side by side, transposed:
+    one product instead of two or three, and one that a CPU's BLAS shares among threads when there is a single row.
     call: ids [B], the tokens before them in `cache` -> logits [B, V].
     """
 
-    def __init__(self, decoder: Decoder, length: int):
+    def __init__(self, decoder: Decoder, length: int, *, joined: bool = False):
+        def matrices(*linears: nn.Linear) -> list[Tensor]:  # [in, out] each, or one [in, all outs]
+            weights = [linear.weight for linear in linears]
+            return [torch.cat(weights).t().contiguous()] if joined else [weight.t() for weight in weights]
+
         self.config = decoder.config
         self.embedding, self.norm, self.head = decoder.token_embedding.weight, decoder.norm.weight, decoder.head.weight
         self.blocks = [
             (
-                *(block.attention_norm.weight, block.mlp_norm.weight),
-                *(getattr(block.attention, name).weight for name in ("query", "key", "value", "out")),
-                *(getattr(block.mlp, name).weight for name in ("gate", "up", "down")),
+                block.attention_norm.weight,
+                matrices(block.attention.query, block.attention.key, block.attention.value),
+                block.attention.out.weight.t(),
+                block.mlp_norm.weight,
+                matrices(block.mlp.gate, block.mlp.up),
+                block.mlp.down.weight.t(),
             )
             for block in decoder.blocks
         ]
@@ -113,28 +140,37 @@ class _CachedStep:
         )
 
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        width, groups, eps = (self.config.width,), (len(ids), self.config.kv_heads, -1), self.config.norm_eps
+        sizes = self.config
+        rows, width, d = len(ids), (sizes.width,), sizes.head_dim
         cos, sin = self.cos[cache.length], self.sin[cache.length]  # [d]
-
-        def turned(x: Tensor) -> Tensor:  # `apply_rotary` in three operations, both halves at once
-            return torch.addcmul(x.float() * cos, x.float().roll(len(cos) // 2, dims=-1), sin).to(x.dtype)
-
         x = self.embedding[ids]  # [B] -> [B, D]
-        for layer, (norm1, norm2, query, key, value, out, gate, up, down) in enumerate(self.blocks):
-            h = F.rms_norm(x, width, norm1, eps)
-            q, k, v = (F.linear(h, w).view(*groups, self.config.head_dim) for w in (query, key, value))
-            # q [B, H_kv, H / H_kv, d], k and v [B, H_kv, 1, d] -> keys and values [B, H_kv, past + 1, d]
-            keys, values = cache.update(layer, turned(k), v)
-            read = F.scaled_dot_product_attention(turned(q), keys, values)  # [B, H_kv, H / H_kv, d]
-            x = x + F.linear(read.flatten(1), out)  # [B, H * d] -> [B, D]
-            h = F.rms_norm(x, width, norm2, eps)
-            x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)  # [B, D]
-        return F.linear(F.rms_norm(x, width, self.norm, eps), self.head)  # [B, D] -> [B, V]
+        for layer, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.blocks):
+            h = F.rms_norm(x, width, norm1, sizes.norm_eps)
+            heads = _side_by_side(h, qkv).view(rows, -1, d)  # [B, D] -> [B, H + 2 H_kv, d]
+            qk, v = heads.split([sizes.heads + sizes.kv_heads, sizes.kv_heads], dim=1)
+            # `apply_rotary` in three operations, both halves at once
+            turned = torch.addcmul(qk.float() * cos, qk.float().roll(d // 2, dims=-1), sin).to(x.dtype)
+            q, k = turned.split([sizes.heads, sizes.kv_heads], dim=1)
+            # [B, H_kv, 1, d] -> [B, H_kv, past + 1, d]
+            keys, values = cache.update(layer, k.unsqueeze(2), v.unsqueeze(2))
+            q = q.view(rows, sizes.kv_heads, -1, d)  # [B, H, d] -> [B, H_kv, H / H_kv, d]
+            read = F.scaled_dot_product_attention(q, keys, values)  # [B, H_kv, H / H_kv, d]
+            x = torch.addmm(x, read.reshape(rows, -1), out)  # [B, H * d] -> [B, D]
+            h = F.rms_norm(x, width, norm2, sizes.norm_eps)
+            gate, up = _side_by_side(h, gate_up).chunk(2, dim=-1)  # [B, D] -> 2 x [B, mlp_width]
+            x = torch.addmm(x, F.silu(gate) * up, down)  # [B, mlp_width] -> [B, D]
+        return F.linear(F.rms_norm(x, width, self.norm, sizes.norm_eps), self.head)  # [B, D] -> [B, V]
+
+
+def _side_by_side(x: Tensor, matrices: list[Tensor]) -> Tensor:
+    """x [B, in] through each matrix [in, out], the results joined: [B, all outs]."""
+    products = [x @ matrix for matrix in matrices]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 @counts(max_new_tokens=1, eos_id=0)
 @checks(_check_prompt)
-@torch.no_grad()
+@_for_inference
 def generate(
     model,
     ids: Tensor,
@@ -164,7 +200,7 @@ def generate(
         attention_mask = _left_padding_or_none(attention_mask, ids)
     length = ids.shape[1] + max_new_tokens
     cache = model.new_cache(capacity=length) if use_cache else None
-    quick = None
+    quick, small = None, sum(weight.numel() for weight in model.parameters()) < JOIN_BELOW
     if (
         use_cache
         and attention_mask is None
@@ -175,6 +211,8 @@ def generate(
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     sequence, step, new = ids, ids, []
     while True:
+        if quick is not None and len(new) == JOIN_AFTER and small:
+            quick = _CachedStep(model.decoder, length, joined=True)
         if quick is not None and new:
             logits = quick(new[-1], cache)  # [B] -> [B, V]
         else:

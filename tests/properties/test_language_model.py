@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_course import generation
 from vlm_course.attention import prefix_mask
 from vlm_course.cache import KVCache
 from vlm_course.chat import pad_rows
 from vlm_course.decoder import Decoder, DecoderConfig, RMSNorm, rotary_phases
-from vlm_course.generation import _CachedStep, choose_token, generate, greedy_generate, top_p_filter
+from vlm_course.generation import JOIN_AFTER, _CachedStep, choose_token, generate, greedy_generate, top_p_filter
 from vlm_course.llava import LLAVA_7B, LLAVA_13B, SMALL, Llava, LlavaConfig, small_config
 from vlm_course.loss import response_loss
 from vlm_course.tokenizer import WordTokenizer
@@ -149,7 +150,29 @@ def test_cached_generation_equals_recomputed_token_for_token(model, lengths, tem
 
 def test_greedy_generate_is_generate_without_options(model):
     ids, pixels = batch()
-    assert torch.equal(greedy_generate(model, ids, pixels, 10), generate(model, ids, pixels, max_new_tokens=10))
+    new = JOIN_AFTER + 4  # some tokens by single matrices, the others by joined ones
+    answers = [greedy_generate(model, ids, pixels, new), generate(model, ids, pixels, max_new_tokens=new)]
+    assert torch.equal(*answers)
+    for answer in answers:  # ordinary tensors, though they were made in inference mode
+        assert not answer.is_inference()
+        model.decoder.embed(answer).sum().backward()
+
+
+def test_matrices_of_large_models_are_not_copied(model, monkeypatch):
+    ids, pixels = batch()
+    expected = generate(model, ids, pixels, max_new_tokens=JOIN_AFTER + 4)
+    copied, step = [], _CachedStep.__init__
+
+    def noted(self, *places, joined=False):
+        copied.append(joined)
+        step(self, *places, joined=joined)
+
+    monkeypatch.setattr(_CachedStep, "__init__", noted)
+    assert torch.equal(generate(model, ids, pixels, max_new_tokens=JOIN_AFTER + 4), expected)
+    assert copied == [False, True]
+    monkeypatch.setattr(generation, "JOIN_BELOW", 1)
+    assert torch.equal(generate(model, ids, pixels, max_new_tokens=JOIN_AFTER + 4), expected)
+    assert copied == [False, True, False]
 
 
 @settings(max_examples=20, deadline=None)
@@ -159,14 +182,15 @@ def test_greedy_generate_is_generate_without_options(model):
     steps=st.integers(1, 4),
     kv_heads=st.sampled_from([1, 2, 4]),
     head_dim=st.sampled_from([None, 10]),
+    joined=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_cached_step_is_the_decoders_own(rows, past, steps, kv_heads, head_dim, seed):
+def test_a_cached_step_is_the_decoders_own(rows, past, steps, kv_heads, head_dim, joined, seed):
     sizes = {"vocab_size": V, "width": 24, "layers": 2, "heads": 4, "kv_heads": kv_heads, "mlp_width": 40}
     config = DecoderConfig(**sizes, head_dim=head_dim, norm_eps=0.3, rope_theta=50.0)
     decoder = redraw(Decoder(config).double(), seed=seed)
     ids = torch.randint(0, V, (rows, past + steps), generator=torch.Generator().manual_seed(seed))
-    cache, step = decoder.new_cache(), _CachedStep(decoder, past + steps)
+    cache, step = decoder.new_cache(), _CachedStep(decoder, past + steps, joined=joined)
     with torch.no_grad():
         expected = decoder(decoder.embed(ids))
         decoder(decoder.embed(ids[:, :past]), cache=cache)
