@@ -123,7 +123,9 @@ class Runner:
     def features(self, model: Llava, pixels: Tensor) -> Tensor:
         """[n, 3, H, W] -> [n, M, D]; the frozen tower leaves no graph."""
         with torch.set_grad_enabled(self.tower_learns and torch.is_grad_enabled()):
-            x = model.vision.embed(pixels.to(model.vision.class_token.dtype)).to(self.dtype)
+            kept = model.vision.class_token.dtype
+            with torch.autocast(pixels.device.type, dtype=self.dtype, enabled=kept != self.dtype):
+                x = model.vision.embed(pixels.to(kept)).to(self.dtype)
             for weights in self.tower:
                 x = self.tower_forward(x, weights)
         own = next(model.bridge.parameters()).dtype

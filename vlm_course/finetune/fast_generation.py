@@ -106,6 +106,7 @@ class FastGenerator:
                 self.step = LaunchedStep(model.decoder, self.state, banned, pdl=new if pdl is None else pdl)
                 self.prefill = Prefill(model, self.step, TritonOps(), graphs=self.graphs)
                 if tune:
+                    self.state.length.fill_(min(640, capacity - 1))
                     self.times = self.step.tune(milliseconds)
             else:
                 self.state = State(model.decoder, capacity)

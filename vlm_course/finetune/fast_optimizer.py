@@ -79,12 +79,20 @@ class RoundingAdamW(torch.optim.Optimizer):
         self.numbers = {p: n for n, p in enumerate(p for group in self.param_groups for p in group["params"])}
 
     def in_backward(self) -> RoundingAdamW:
-        """See the class. Returns itself."""
+        """See the class. Returns itself. The moments are allocated now, so that what is free is known."""
+        self.allocate()
         for group in self.param_groups:
             for parameter in group["params"]:
                 hook = lambda p, group=group: self._now(p, group)  # noqa: E731
                 self.hooks.append(parameter.register_post_accumulate_grad_hook(hook))
         return self
+
+    def allocate(self) -> None:
+        """The moments of every parameter, zero."""
+        for parameter in self.numbers:
+            if not self.state[parameter]:
+                moments = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for _ in range(2)]
+                self.state[parameter].update(step=0, exp_avg=moments[0].detach(), exp_avg_sq=moments[1].detach())
 
     def _now(self, parameter: Tensor, group: dict) -> None:
         self._update(parameter, group)
@@ -92,10 +100,9 @@ class RoundingAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, parameter: Tensor, group: dict) -> None:
+        if not self.state[parameter]:
+            self.allocate()
         state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
         state["step"] += 1
         seed = self.seed + 2 * (state["step"] * len(self.numbers) + self.numbers[parameter])
         update = plain_update

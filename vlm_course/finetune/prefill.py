@@ -18,6 +18,8 @@ from vlm_course.finetune.decode_plain import PlainStep, State, Weights
 from vlm_course.fusion import splice_image_features
 from vlm_course.vit import ACTIVATIONS, TransformerBlock, VisionTransformer
 
+GRAPHS = 8  # recorded passes that are kept, each for one length of prompt
+
 
 def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
@@ -146,9 +148,9 @@ class Prefill:
         last = len(step.blocks) - 1
         for layer, weights in enumerate(step.blocks):
             x = _block(x, weights, layer, state, self.ops, layer == last)
-        state.x.copy_(x[-1])
         state.length.fill_(len(ids) - 1)
-        state.written.zero_()
+        state.written.fill_(0)
+        state.x.copy_(x[-1])
         step.choose()
 
     def __call__(self, ids: Tensor, pixels: Tensor | None, features: Tensor | None) -> None:
@@ -157,6 +159,8 @@ class Prefill:
         image = pixels if pixels is not None else features
         key = (len(ids), pixels is not None, None if image is None else (image.shape, image.dtype))
         if key not in self._kept:
+            while len(self._kept) >= GRAPHS:
+                self._kept.pop(next(iter(self._kept)))  # the oldest
             self._kept[key] = self._captured(ids, pixels, features)
         replay, ids_in, image_in = self._kept[key]
         ids_in.copy_(ids)
