@@ -9,10 +9,13 @@ from vlm_course.attention import block_mask, causal_mask, queries_mask
 from vlm_course.decoder import DecoderConfig
 from vlm_course.finetune import fast
 from vlm_course.finetune.fast import NotFast, Options, chosen, prepare
+from vlm_course.finetune.fast_blocks import Map
 from vlm_course.finetune.fast_loss import linear_cross_entropy
+from vlm_course.finetune.fast_memory import SPARE, blocks_again, kept_per_token
+from vlm_course.finetune.fast_optimizer import RoundingAdamW
 from vlm_course.finetune.lora import add_lora
 from vlm_course.finetune.losses import plain_loss
-from vlm_course.llava import Llava, LlavaConfig
+from vlm_course.llava import LLAVA_7B, Llava, LlavaConfig
 from vlm_course.loss import response_loss
 from vlm_course.training import freeze_all_but
 from vlm_course.vit import ViTConfig
@@ -178,6 +181,43 @@ def test_fifty_steps_learn_the_same(mode):
         curves.append(torch.tensor(losses))
     assert curves[0][-1] < curves[0][0]
     torch.testing.assert_close(curves[0], curves[1], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("tie", [False, True])
+def test_steps_inside_the_backward_pass(recompute, tie):
+    """No weight is changed while the backward pass still needs it, also where blocks are computed again."""
+    ends = []
+    for inside in (False, True):
+        model = learning("full", tie=tie)
+        prepare(model, options=Options(recompute=recompute))
+        optimizer = RoundingAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        if inside:
+            optimizer.in_backward()
+        for step in range(3):
+            fast.loss(model, batch(seed=step), 10.0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, msg=name)
+
+
+def test_blocks_again_follow_what_is_free(monkeypatch):
+    maps = {name: Map("full", (1,)) for name in ("qkv", "out", "gate_up", "down")}
+    text, weight = LLAVA_7B.text, torch.nn.Parameter(torch.zeros(1000, 1000))
+    free = {"bytes": 80e9}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    needed = kept_per_token(text, {name: m.kind for name, m in maps.items()}) * 6144
+    assert blocks_again(text, 6144, maps, [weight], torch.device("cpu")) == 0
+    free["bytes"] = SPARE + 20.5 * needed + 4e6  # room for 20 blocks beside the gradient
+    assert blocks_again(text, 6144, maps, [weight], torch.device("cpu")) == 12
+    free["bytes"] = 1e9
+    assert blocks_again(text, 6144, maps, [weight], torch.device("cpu")) == 32
+    frozen = dict.fromkeys(maps, "frozen")
+    assert kept_per_token(text, frozen) < kept_per_token(text, dict.fromkeys(maps, "lora"), rank=128)
 
 
 @pytest.mark.parametrize("part", [1, 7, 100])
