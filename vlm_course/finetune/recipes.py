@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -86,6 +87,11 @@ class _Source:
         self.adapter, self.config, self.frame = adapter, config, _frame(adapter)
 
     @property
+    def batch(self) -> int:
+        """Rows a step, as the engine asks for it."""
+        return self.rows
+
+    @property
     def asked(self) -> int:
         """Questions a batch."""
         return self.rows * self.turns
@@ -93,7 +99,7 @@ class _Source:
     def generator(self, step: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed * 1_000_000 + step)
 
-    def batch(self, pairs: Pairs, pixels: Tensor) -> Batch:
+    def made(self, pairs: Pairs, pixels: Tensor) -> Batch:
         ids, labels = conversations(
             self.frame,
             pairs,
@@ -141,18 +147,16 @@ class SceneBatches(_Source):
             require_number(weight, f"the weight of {kind}", low=0)
         self.weights = torch.tensor([float(weights.get(kind, 0.0)) for kind in KINDS], device=device)
         words = WordTokenizer.small()
-        self.world, self.wording, self.draw = (
-            Dialogs(words, device=device),
-            Wording(words, adapter, device=device),
-            draw,
-        )
+        self.world, self.wording = Dialogs(words, device=device), Wording(words, adapter, device=device)
+        self.draw, self.lock = draw, Lock()
 
     def __call__(self, step: int) -> Batch:
         generator = self.generator(step)
         scenes = sample(self.rows, generator=generator, device=self.device)
-        turns = self.world.several(scenes, self.turns, self.weights, generator=generator)
+        with self.lock:  # the world remembers whose numbers it draws, and threads may read ahead
+            turns = self.world.several(scenes, self.turns, self.weights, generator=generator)
         pairs = [(self.wording(turn.question), self.wording(turn.answer)) for turn in turns]
-        return self.batch(pairs, self.draw(scenes, generator=generator))
+        return self.made(pairs, self.draw(scenes, generator=generator))
 
     @property
     def fingerprint(self) -> str:
@@ -208,7 +212,7 @@ class EasyVqaBatches(_Source):
         places = torch.arange(self.turns, device=self.device) % have  # [B, turns]: again from the first if too few
         chosen = known.gather(1, order.gather(1, places))
         pairs = [(self.questions[turn], self.answers[turn]) for turn in chosen.unbind(1)]
-        return self.batch(pairs, self.pixels[image].float() / 127.5 - 1)
+        return self.made(pairs, self.pixels[image].float() / 127.5 - 1)
 
     @property
     def fingerprint(self) -> str:
@@ -237,7 +241,7 @@ class Together:
             raise ValueError(f"the sources have rows of {sorted(lengths)} tokens, expected one length")
         self.sources = sources
         self.length, self.adapter = sources[0].length, sources[0].adapter
-        self.rows = sum(source.rows for source in sources)
+        self.rows = self.batch = sum(source.rows for source in sources)
         self.asked = sum(source.asked for source in sources)
 
     def __call__(self, step: int) -> Batch:
