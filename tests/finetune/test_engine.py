@@ -91,6 +91,25 @@ def test_bfloat16_stays_near_and_keeps_in_float32_what_would_be_rounded_away(tin
         assert parameter.dtype == (torch.float32 if learned else low), name
 
 
+def test_steps_inside_the_backward_pass_are_the_same_steps(tiny, loader, tmp_path):
+    plan = replace(PLAN, dtype="bfloat16", clip=None)
+    models = {}
+    for name, options in {"apart": {}, "inside": {"micro_batch": 6}}.items():
+        models[name] = tiny()
+        trainer = Trainer(models[name], replace(plan, **options), loader(6), tmp_path / name, log=lambda line: None)
+        assert trainer.inside == (name == "inside")
+        trainer.run(minutes=0)
+        again = Trainer(models[name], replace(plan, **options), loader(6), tmp_path / name, log=lambda line: None)
+        assert again.step == 1 and again.run().done
+    assert losses(tmp_path / "inside") == losses(tmp_path / "apart")
+    theirs = models["apart"].state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in models["inside"].state_dict().items())
+    Small(models["inside"], 1)
+    (tmp_path / "inside" / "state.pt").unlink()
+    with pytest.raises(OutOfMemory, match=r"6 rows of .* give micro_batch=3 and call again"):
+        train(models["inside"], tmp_path / "inside", loader(6), replace(plan, micro_batch=6))
+
+
 # --- what learns, and at what rate ------------------------------------------------------------------------------------
 
 

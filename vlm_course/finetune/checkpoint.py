@@ -60,7 +60,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for state in optimizer.state.values():
-        state["step"].zero_()
+        state["step"] = state["step"].zero_() if isinstance(state["step"], Tensor) else 0
 
 
 def capture(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
@@ -71,7 +71,10 @@ def capture(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimize
     weights, moments = {}, {}
     for name, parameter in parameters.items():
         weights[name] = whole(parameter.data, keep=keep)
-        moments[name] = {key: whole(value, keep=keep) for key, value in optimizer.state[parameter].items()}
+        moments[name] = {
+            key: whole(value, keep=keep) if isinstance(value, Tensor) else value
+            for key, value in optimizer.state[parameter].items()
+        }
     return {"weights": weights, "optimizer": moments}
 
 
@@ -79,8 +82,12 @@ def restore(state: dict[str, Any], parameters: dict[str, nn.Parameter], optimize
     """Undoes `capture`, also for another number of processes."""
     for name, parameter in parameters.items():
         copy_into(parameter.data, state["weights"][name])
-        for key, value in optimizer.state[parameter].items():
-            copy_into(value, state["optimizer"][name][key])
+        own = optimizer.state[parameter]
+        for key, value in state["optimizer"][name].items():
+            if isinstance(value, Tensor):
+                copy_into(own[key], value)
+            else:
+                own[key] = value
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -119,9 +126,12 @@ class Log:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, lines: Iterable[dict]) -> None:
-        """Append and hand to the disk."""
+        """Append, so that it outlives this process."""
         self._file.writelines(json.dumps(line) + "\n" for line in lines)
         self._file.flush()
+
+    def sync(self) -> None:
+        """Hand to the disk, so that it outlives a loss of power: the log must not end before the state."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ class Batch:
         learned = (cut["labels"] != IGNORE).any(dim=0).nonzero() if self.labels.device.type == "cpu" else ()
         return Batch(
             **cut,
-            first=int(learned[0]) if len(learned) else None,
+            first=int(learned[0]) if len(learned) else self.first,
             pixels=self.pixels[before : before + count] if count else None,
             images=images[start:stop],
             lengths=None if self.lengths is None else self.lengths[start:stop],

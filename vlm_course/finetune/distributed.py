@@ -111,10 +111,11 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def share(module: LossModule, mode: str, world: World, *, mixed: bool = False) -> nn.Module:
+def share(module: LossModule, mode: str, world: World, *, mixed: bool = False, compiled: bool = False) -> nn.Module:
     """The module as all processes run it: as it is for one, else divided (mode "full") or repeated (the others).
 
-    `mixed`: float32 weights that are divided are sent, and multiplied, in bfloat16.
+    `mixed`: float32 weights that are divided are sent, and multiplied, in bfloat16. `compiled`: divided blocks are
+    compiled one by one, each between the hooks that collect its weights.
     """
     if world.size == 1:
         return module
@@ -126,6 +127,8 @@ def share(module: LossModule, mode: str, world: World, *, mixed: bool = False) -
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if mixed else None, reduce_dtype=torch.float32)
     for block in module.model.decoder.blocks:
+        if compiled:
+            block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(module, mesh=mesh, mp_policy=policy)
 

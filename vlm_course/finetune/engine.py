@@ -7,47 +7,19 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..llava import Llava
-from ..training import freeze_all_but, learning_rate, parameter_groups
-from . import checkpoint, distributed, memory
+from ..training import learning_rate
+from . import checkpoint, distributed, fast, learning, memory
 from .collate import Batch
 from .loader import ahead, shared
-from .lora import add_lora, has_lora, lora_state, merge_lora
+from .lora import merge_lora
 from .losses import plain_loss
-from .plan import FinetunePlan
-
-
-@dataclass(frozen=True)
-class Report:
-    """How a call of `Trainer.run` went.
-
-    Attributes:
-        step, steps: where it stopped, and where the plan ends.
-        loss: of the last step, in nats an answer token.
-        seconds: from the first step of this call to its last.
-        samples_per_s: conversations of all processes a second, without the first step of the call.
-        memory: greatest memory in use on this process's GPU, in bytes; 0 on a CPU.
-        micro_batch: rows that were computed at once.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    seconds: float
-    samples_per_s: float
-    memory: int
-    micro_batch: int
-
-    @property
-    def done(self) -> bool:
-        """Whether the plan is fulfilled."""
-        return self.step == self.steps
+from .plan import FinetunePlan, Report
 
 
 class Trainer:
@@ -58,7 +30,8 @@ class Trainer:
         batches: the `Batch` of step s, from s alone (see `loader.Loader`); `share(rank, world)` is called if it has it.
         folder: for the running state and the log; see `checkpoint`.
         device: by default this process's GPU, or the CPU.
-        loss: (model, batch, count) -> sum of the answer tokens' losses / count; by default the fastest for the device.
+        loss: (model, batch, count) -> sum of the answer tokens' losses / count; by default `fast.loss` where it
+            knows the model and the weights are not divided among processes, else `losses.plain_loss`.
         log: takes each line that is said; only the first process says any.
 
     Raises:
@@ -73,7 +46,7 @@ class Trainer:
         folder: Path | str,
         *,
         device: torch.device | str | None = None,
-        loss: Callable[[Llava, Batch, float], Tensor] = plain_loss,
+        loss: Callable[[Llava, Batch, float], Tensor] | None = None,
         log: Callable[[str], None] = print,
     ):
         self.model, self.plan, self.folder = model, plan, Path(folder)
@@ -87,38 +60,24 @@ class Trainer:
         self.log_every = plan.log_every or (10 if cuda else 1)
         self.workers = plan.workers if plan.workers is not None else (4 if cuda else 0)
         self.micro = plan.micro_batch  # rows at once; None until it is known what there is
-        stage = self._place()
+        stage = learning.place(model, plan, self.world.device)
         data = getattr(batches, "fingerprint", None)
         frozen = checkpoint.frozen_fingerprint(model)
         self.identity = plan.identity() | {"frozen weights": frozen, "data": data}
         mixed = plan.dtype == "autocast"
         self.divided = self.world.size > 1 and plan.mode == "full"
-        self.module = distributed.share(distributed.LossModule(model, loss), plan.mode, self.world, mixed=mixed)
+        if loss is None:
+            loss = plain_loss if self.divided else fast.ready(model, plan)
+        compiled = plan.compile and cuda
+        whole = distributed.LossModule(model, loss)
+        self.module = distributed.share(whole, plan.mode, self.world, mixed=mixed, compiled=compiled)
         self.autocast = mixed and not self.divided
         low = plan.dtype == "bfloat16" or (mixed and self.divided)
         self.pixels = torch.bfloat16 if low else torch.float32
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, stage), betas=plan.betas, fused=True)
+        self.optimizer = learning.optimizer(model, plan, stage, divided=self.divided)
         self.step = self._resume()
-
-    def _place(self):
-        """Move the model, add what learns, freeze the rest; returns the `Stage`."""
-        model, plan = self.model, self.plan
-        low = plan.dtype == "bfloat16"
-        model.to(self.world.device, torch.bfloat16 if low else torch.float32)
-        trains: tuple[str, ...] = ("bridge.", "decoder.") if plan.mode == "full" else ("bridge.",)
-        if plan.mode == "lora":
-            if not has_lora(model):
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(plan.seed)
-                    add_lora(model, rank=plan.lora_rank, alpha=plan.lora_alpha, dropout=plan.lora_dropout)
-            trains += tuple(name for name in lora_state(model) if not name.endswith(".scale"))
-        freeze_all_but(model, trains)
-        if low and plan.mode != "full":
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        return plan.stage(trains)
+        self.inside = learning.may_step_inside_backward(self.optimizer, plan)
 
     def _resume(self) -> int:
         torch.manual_seed(self.plan.seed + self.world.rank)
@@ -188,6 +147,8 @@ class Trainer:
                     value = flush()
                     self._tell(value, start, warm, last)
                 if last or due:
+                    if lines is not None:
+                        lines.sync()
                     self.save()
                     saved = time.monotonic()
                 if out_of_time:
@@ -246,10 +207,12 @@ class Trainer:
         (tokens,) = self.world.add(batch.answer_tokens)
         if not tokens:
             raise ValueError(f"step {self.step + 1}: 0 answer tokens in {len(batch)} rows, expected at least 1")
-        loss = self._gradients(batch, tokens)
-        torch.nn.utils.clip_grad_norm_(self.learning.values(), self.plan.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with learning.stepping(self.optimizer, inside=self.inside):
+            loss = self._gradients(batch, tokens)
+            if self.plan.clip is not None:
+                torch.nn.utils.clip_grad_norm_(self.learning.values(), self.plan.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return self.world.add_(loss), tokens
 
     def _gradients(self, batch: Batch, tokens: float) -> Tensor:
@@ -268,7 +231,7 @@ class Trainer:
             return loss
         length = batch.ids.shape[1]
         said = f"Out of memory: {rows} rows of {length} tokens do not fit at once"
-        if self.world.size > 1:  # the others wait in the middle of a step: nothing can be tried without them
+        if self.world.size > 1 or self.inside:  # the others wait, or weights have moved already: nothing can be tried
             half = max(1, rows // 2)
             raise memory.OutOfMemory(f"{said} on process {self.world.rank}: give micro_batch={half} and call again.")
         loss, size = memory.halve_until_it_fits(again, rows, clean)
@@ -297,7 +260,9 @@ class Trainer:
         total = torch.zeros((), device=device)
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             last = number == len(parts) - 1
-            part = (part.pinned() if device.type == "cuda" else part).to(device, dtype=self.pixels)
+            if device.type == "cuda" and part.ids.device.type == "cpu":
+                part = part.pinned()
+            part = part.to(device, dtype=self.pixels)
             with nullcontext() if last else distributed.unsynchronised(self.module):
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast):
                     loss = self.module(part, tokens)

@@ -12,7 +12,7 @@ import torch
 Result = TypeVar("Result")
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(MemoryError):
     """A step that does not fit. The message is one sentence; `fits` is the micro-batch that does, or None."""
 
     def __init__(self, message: str, fits: int | None = None):

@@ -1,4 +1,4 @@
-"""What a fine-tuning does, in one frozen record: which parts learn, at what rates, for how long, in which precision."""
+"""What a fine-tuning does, in one frozen record, and how it went, in another."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ class FinetunePlan:
         lr, bridge_lr: greatest learning rates of what learns and of the bridge; by default LLaVA-1.5's.
         lora_rank, lora_alpha, lora_dropout: see `lora.add_lora`; alpha is by default twice the rank.
         warmup, final: as in `training.Stage`: share of the steps with a rising rate; share of the peak at the end.
+        clip: greatest norm of all gradients; None leaves them as they are. Mode "full" in bfloat16 then takes each step
+            inside the backward pass, so that gradients need no memory of their own, if `micro_batch` is the batch.
         dtype: "float32"; "autocast": float32 weights, bfloat16 products; "bfloat16": frozen weights (with "full" all
-            of them) in bfloat16. What learns in the first two modes stays in float32, where small steps are not lost.
+            of them, rounded stochastically) in bfloat16. What learns in the first two modes stays in float32, where
+            small steps are not lost.
         compile: hand the layers to torch.compile (on a GPU; see `finetune.fast`).
         save_every, log_every: seconds between two running states; steps between two looks at the loss, by default 1,
             on a GPU 10, since a look waits for it.
@@ -55,7 +58,7 @@ class FinetunePlan:
     warmup: float = 0.03
     final: float = 0.0
     weight_decay: float = 0.0
-    clip: float = 1.0
+    clip: float | None = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     dtype: str = "float32"
     compile: bool = False
@@ -92,9 +95,36 @@ class FinetunePlan:
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             final=self.final,
-            clip=self.clip,
+            clip=1.0 if self.clip is None else self.clip,
         )
 
     def identity(self) -> dict:
         """What must be the same where a run goes on."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a call of `Trainer.run` went.
+
+    Attributes:
+        step, steps: where it stopped, and where the plan ends.
+        loss: of the last step, in nats an answer token.
+        seconds: from the first step of this call to its last.
+        samples_per_s: conversations of all processes a second, without the first step of the call.
+        memory: greatest memory in use on this process's GPU, in bytes; 0 on a CPU.
+        micro_batch: rows that were computed at once.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    seconds: float
+    samples_per_s: float
+    memory: int
+    micro_batch: int
+
+    @property
+    def done(self) -> bool:
+        """Whether the plan is fulfilled."""
+        return self.step == self.steps
