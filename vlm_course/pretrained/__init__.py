@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..contrastive import ContrastiveModel
+from ..decoder import Decoder
 from ..llava import Llava
 from ..tokenizer import WordTokenizer
 
@@ -89,4 +90,14 @@ def load_small(device: str | torch.device = "cpu", *, folder: Path | str = FOLDE
     llava.load_state_dict(weights[1] | vision, assign=True)
     for model in (contrastive, llava):
         model.eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        _lay_in_columns(llava.decoder)
     return Small(llava, contrastive, tokenizer)
+
+
+def _lay_in_columns(decoder: Decoder) -> None:
+    """Stores the decoder's wide matrices column by column: with one token at a time a CPU's BLAS reads them so in half
+    the time, and with all threads. Shapes, names and values stay."""
+    wide = [linear for block in decoder.blocks for linear in (block.mlp.gate, block.mlp.up)]
+    for linear in (*wide, decoder.head):
+        linear.weight.data = linear.weight.data.t().contiguous().t()
