@@ -139,7 +139,7 @@ for kind in ("colour", "size", "existence"):
 # %% [markdown] covers=["4-table-1"]
 # ## Three diets, measured
 #
-# The lesson has a table of what captions, questions and instructions teach. Here is the experiment. One tiny model (its decoder is a sixth of the shipped one's) first reads conversations without images; then it is tuned, on the same scenes and for as many steps, on one of three diets.
+# The lesson has a table of what captions, questions and instructions teach. Here is the experiment. One tiny model (its decoder is an eighth of the shipped one's) first reads conversations without images; then it is tuned, on the same scenes and for as many steps, on one of three diets.
 
 # %% covers=["4-table-1"]
 from vlm_course.studies.results import load_results
@@ -186,6 +186,12 @@ for kind in kinds:
     print(f"{kind:15s}{form}{length}")
 
 # %% [markdown] covers=["4-table-1"]
+# Read the table by columns. Tuned on captions, the model answers *every* question with a caption. Tuned on short questions, it answers everything in one word, even "describe the image". Each did learn one form, and lost the forms that it could still speak before its tuning. Only the mixed diet keeps all ten; for the same number of steps it is less exact at each, because it had more to learn.
+
+# %% [markdown] covers=["4-table-1"]
+# Look at *relation* and *check* too. The diet of questions holds both, and yet its model answers them at chance; the mixed diet, with fewer of them, gets most right. There, points and boxes ask *where* an object is. One skill can teach another: that is an argument for diverse instructions that a count of examples would miss. And *count by size*, which no diet held, stays below its most frequent answer for all three: the right form came along, the skill did not.
+
+# %% [markdown] covers=["4-table-1"]
 # Is the model on captions blind, or does it only not listen? Let it describe the image, and look the answer up in *its own* caption:
 
 # %% covers=["4-table-1"]
@@ -199,7 +205,7 @@ study.reveal("p_4_3", "a" if asked > rival - 0.05 else "b" if asked > often + 0.
              because=f"Right answers about color: {asked:.2f}; tuned on questions {rival:.2f}; most frequent {often:.2f}.")
 
 # %% [markdown] covers=["4-table-1"]
-# Read the three trained models yourself: the same scene and questions as above, from the weights of the first seed.
+# Read the three trained models yourself: the same scene and questions as above, from the weights of one seed each.
 
 # %% covers=["4-table-1"]
 tuned = {name: study.load(name, small) for name in diets}

@@ -9,7 +9,7 @@ from vlm_course import progress
 from vlm_course.pretrained import load_small
 from vlm_course.studies import STUDIES, study
 from vlm_course.studies.common import Lab, Study, run_study
-from vlm_course.studies.results import load_results, save_weights
+from vlm_course.studies.results import load_results, load_weights, save_weights
 from vlm_course.studies.tiny import learned, tiny_llava
 
 
@@ -26,9 +26,9 @@ def counting():
     def train(variant, lab):
         runs.append((variant, lab.seed))
         lab.progress(0.5)
-        return {"score": {"model": float(lab.seed), "blind": 0.25}}, {"w": torch.ones(2)}
+        return {"score": {"model": float(lab.seed), "blind": 0.25}}, {"w": torch.full((2,), float(lab.seed))}
 
-    return Study("counting", "Does it count?", {"a": "first", "b": "second"}, train), runs
+    return Study("counting", "Does it count?", {"a": "first", "b": "second"}, train, ships={"b": 1}), runs
 
 
 def test_every_registered_study_can_be_imported():
@@ -52,7 +52,9 @@ def test_a_study_writes_mean_and_spread_and_skips_what_is_done(counting, tmp_pat
     score = record["variants"]["a"]["measures"]["score"]
     assert score["model"] == {"mean": 1.0, "spread": 2.0, "values": [0.0, 1.0, 2.0]}
     assert score["blind"]["spread"] == 0.0
-    assert (tmp_path / "counting-b.safetensors").is_file()
+    assert record["card"]["weights_of_seed"] == {"a": 0, "b": 1}
+    for variant, seed in record["card"]["weights_of_seed"].items():
+        assert load_weights(tmp_path / f"counting-{variant}.safetensors")["w"].tolist() == [seed, seed]
     run_study(plan, seeds=3, out=tmp_path, scale=0.5, log=lambda _: None)
     assert len(runs) == 6
     (tmp_path / "counting-b-1.json").unlink()

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decoder import rotary_phases
+from ..fusion import splice_image_features
 from ..llava import Llava
 from ..loss import response_loss
 from ..pretrained import Small, load_small
@@ -46,6 +48,13 @@ class Study:
     variants: Mapping[str, str]  # name -> what is particular about it
     train: Callable[[str, Lab], tuple[Measures, dict[str, Tensor] | None]]
     data: str = "scenes drawn on the device while training, in the train split of vlm_course.worlds.scenes"
+    # Variant -> the seed whose weights a chapter loads, where it is not 0: one that learned what the chapter looks at.
+    ships: Mapping[str, int] = field(default_factory=dict)
+
+    def shipped_seed(self, variant: str, seeds: int) -> int:
+        """Whose weights are kept, of seeds 0 .. seeds - 1."""
+        seed = self.ships.get(variant, 0)
+        return seed if seed < seeds else 0
 
 
 @dataclass
@@ -166,25 +175,46 @@ class Lab:
         """
         text = ids.shape[1] - 1 - model.config.visual_tokens
         patches = self.features(pixels) if patches is None else patches
-        return self.compiled(_answer_loss)(model, ids, labels, patches, text)
+        return self.compiled(_answer_loss)(model, ids, labels, patches, text, self.phases(model, ids.shape[1]))
+
+    def phases(self, model: Llava, length: int) -> tuple[Tensor, Tensor]:
+        """The rotary phases of positions 0 .. length - 1, made once.
+
+        Left to the compiler, sines and cosines are computed again for every head of every layer.
+        """
+        text = model.config.text
+        key = "phases", length, text.head_dim, text.rope_theta
+        if key not in self.shared:
+            places = torch.arange(length, device=self.device)
+            self.shared[key] = rotary_phases(places, text.head_dim, text.rope_theta)
+        return self.shared[key]
 
     def text_loss(self, model: Llava, ids: Tensor) -> Tensor:
         """The loss of a batch of texts [B, T] on every token but <pad>, without images."""
         labels = torch.where(ids == self.small.tokenizer.pad_id, -100, ids)
-        return self.compiled(_text_loss)(model, ids, labels)
+        return self.compiled(_text_loss)(model, ids, labels, self.phases(model, ids.shape[1]))
 
 
 def _features(vision: nn.Module, pixels: Tensor, layer: int) -> Tensor:
     return vision.patch_features(pixels, layer=layer)
 
 
-def _answer_loss(model: Llava, ids: Tensor, labels: Tensor, patches: Tensor, text: int) -> Tensor:
-    logits = model(ids, image_features=model.bridge(patches), logits_to_keep=text, check=False)
-    return response_loss(logits, labels[:, -text:])
+Phases = tuple[Tensor, Tensor]
 
 
-def _text_loss(model: Llava, ids: Tensor, labels: Tensor) -> Tensor:
-    return response_loss(model(ids), labels)
+def seeing_logits(model: Llava, ids: Tensor, patches: Tensor, keep: int, phases: Phases | None = None) -> Tensor:
+    """ids [B, T] and the tower's features [n_images, N, D_vision] -> the last `keep` logits [B, keep, V] (0: all)."""
+    embeds, seen = model.decoder.embed(ids), model.bridge(patches)
+    embeds = splice_image_features(embeds, ids, seen, model.config.image_id, check=False)
+    return model.decoder(embeds, phases=phases, logits_to_keep=keep)
+
+
+def _answer_loss(model: Llava, ids: Tensor, labels: Tensor, patches: Tensor, text: int, phases: Phases) -> Tensor:
+    return response_loss(seeing_logits(model, ids, patches, text, phases), labels[:, -text:])
+
+
+def _text_loss(model: Llava, ids: Tensor, labels: Tensor, phases: Phases) -> Tensor:
+    return response_loss(model.decoder(model.decoder.embed(ids), phases=phases), labels)
 
 
 # --- running a study --------------------------------------------------------------------------------------------------
@@ -253,7 +283,7 @@ def run_study(
         except Paused as pause:
             log(f"{pause}; call again to go on")
             return None
-        if weights is not None and seed == 0:
+        if weights is not None and seed == study.shipped_seed(variant, seeds):
             save_weights(weights, out / f"{study.name}-{variant}.safetensors")
         record = {"scale": scale, "minutes": round((time.monotonic() - began) / 60, 2), "measures": measures}
         _write(file, record)
@@ -290,6 +320,7 @@ def collect(study: Study, out: Path, *, seeds: int, scale: float, device: str) -
         "seeds": seeds,
         "hardware": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.processor(),
         "minutes": round(minutes, 1),
+        "weights_of_seed": {variant: study.shipped_seed(variant, seeds) for variant in study.variants},
         "command": f"vlm-course study {study.name}{options}",
         "torch": torch.__version__,
     }

@@ -19,7 +19,7 @@ from ..pretrained import Small
 from ..probe_questions import QuestionSet, Score, question_set
 from ..worlds.dialogs import KINDS
 from ..worlds.templates import compact
-from .common import Lab, Measures, Study
+from .common import Lab, Measures, Phases, Study, seeing_logits
 from .results import Results, load_weights
 from .tiny import learned, tiny_config, tiny_llava
 
@@ -64,17 +64,19 @@ def placeholders(strategy: str, small: Small) -> int:
     return {"cross-attention": 1, "resampler": QUERIES}.get(strategy, small.model.config.visual_tokens)
 
 
-def logits(model: nn.Module, ids: Tensor, patches: Tensor, keep: int = 0) -> Tensor:
+def logits(model: nn.Module, ids: Tensor, patches: Tensor, keep: int = 0, phases: Phases | None = None) -> Tensor:
     """ids [B, T] and the tower's features [n_images, N, D_vision], row after row -> [B, T, V], or the last `keep`."""
     if isinstance(model, Llava):
-        return model(ids, image_features=model.bridge(patches), logits_to_keep=keep, check=False)
+        return seeing_logits(model, ids, patches, keep, phases)
     media = model.read(patches.unflatten(0, (len(ids), -1)))  # [B, n_images, M, D]
     return model(ids, media, logits_to_keep=keep)
 
 
-def loss(model: nn.Module, ids: Tensor, labels: Tensor, patches: Tensor, text: int) -> Tensor:
-    """The mean loss of the answers among the last `text` tokens."""
-    return response_loss(logits(model, ids, patches, text), labels[:, -text:])
+def loss(
+    model: nn.Module, ids: Tensor, labels: Tensor, patches: Tensor, text: int, phases: Phases | None = None
+) -> Tensor:
+    """The mean loss of the answers among the last `text` tokens; `phases` as in `Lab.phases`, for a `Llava`."""
+    return response_loss(logits(model, ids, patches, text, phases), labels[:, -text:])
 
 
 def in_one_row(ids: Tensor, labels: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +107,8 @@ def learn(strategy: str, lab: Lab) -> nn.Module:
         labels = nn.functional.pad(labels, (0, wider), value=-100)[:, :total]
         # Of two images the second stands in the middle, so everything after the first may hold answers.
         patches = lab.features(lab.images(scenes, generator))
-        return lab.compiled(loss)(model, ids, labels, patches, total - 1 - visual)
+        phases = lab.phases(model, total) if isinstance(model, Llava) else None
+        return lab.compiled(loss)(model, ids, labels, patches, total - 1 - visual, phases)
 
     trains = ("bridge.", "decoder.") if isinstance(model, Llava) else ("decoder.", "cross.")
     lab.fit(model, loss_at, name=f"fusion-{strategy}", steps=STEPS, lr=LR, trains=trains, batch=BATCH)
@@ -184,4 +187,5 @@ STUDY = Study(
         "interleaved": "two images in one sequence, each followed by questions about it",
     },
     train=train,
+    ships={"early": 2, "cross-attention": 1},  # whose seed 0 had not learned colours, or existence, yet
 )

@@ -299,7 +299,7 @@ def train(variant: str, lab: Lab) -> tuple[Measures, dict[str, Tensor]]:
         talk = lab.dialogs.several(scenes, TURNS, mix, generator=generator)
         ids, labels = lab.dialogs.conversation(talk, visual_tokens=visual, length=1 + visual + LENGTH)
         patches = lab.features(reduced(lab.images(scenes, generator), side))
-        return lab.compiled(loss)(model, ids, labels, patches, LENGTH)
+        return lab.compiled(loss)(model, ids, labels, patches, LENGTH, lab.phases(model, ids.shape[1]))
 
     lab.fit(model, loss_at, name=f"hallucination-{variant}", steps=STEPS, lr=LR, batch=BATCH)
     generator = lab.test_scenes(1)[1]  # the same for every run

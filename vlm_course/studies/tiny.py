@@ -15,7 +15,7 @@ def tiny_config(small: Small, **text) -> LlavaConfig:
 
     `text` replaces sizes of the decoder.
     """
-    sizes = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_width": 352, "max_positions": 512} | text
+    sizes = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp_width": 192, "max_positions": 512} | text
     return LlavaConfig(
         vision=small.model.config.vision,
         text=DecoderConfig(vocab_size=small.tokenizer.vocab_size, **sizes),
