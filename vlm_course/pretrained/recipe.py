@@ -6,7 +6,8 @@
 4. instruct: bridge and decoder learn on conversations of several turns an image (LLaVA's stage 2); the tower stays
    frozen.
 
-Every step draws its data from (seed, stage, step) alone, so a run that was interrupted sees the same data again.
+Every step draws its data from (seed, stage, step) alone, so a run that was interrupted sees the same data again; and
+every operation is one that gives the same bits each time, so a run that is repeated gives the same weights.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 
 from ..contrastive import ContrastiveModel, TextTower, TextTowerConfig, contrastive_loss
 from ..decoder import rotary_phases
-from ..fusion import splice_image_features
 from ..llava import Llava, LlavaConfig, small_config
 from ..loss import response_loss
+from ..repeatable import repeatable, with_repeatable_embeddings
 from ..tokenizer import WordTokenizer
 from ..training import Paused, Stage, fit
 from ..vit import VisionTransformer
@@ -88,7 +89,6 @@ def _objectives(
     device, tok, config = dialogs.device, dialogs.tokenizer, llava.config
     visual = config.visual_tokens
     draw = compile_(render)
-    encode = compile_(lambda pixels: llava.vision.patch_features(pixels, layer=config.feature_layer))
     mix = torch.tensor([MIX[kind] for kind in KINDS], device=device)
     only_captions = torch.tensor([float(kind == "caption") for kind in KINDS], device=device)
     # Made once: left to the compiler, sines and cosines are computed again for every head of every layer.
@@ -101,8 +101,9 @@ def _objectives(
 
     @compile_
     def answer_loss(ids, labels, patches, text: int):
-        embeds = llava.decoder.embed(ids)
-        embeds = splice_image_features(embeds, ids, llava.bridge(patches), config.image_id, check=False)
+        # `splice_image_features` for rows that all read <bos>, image, text: its index would add gradients in any order.
+        words, seen = llava.decoder.embed(ids), llava.bridge(patches)
+        embeds = torch.cat([words[:, :1], seen.to(words.dtype), words[:, 1 + visual :]], dim=1)
         phases = cos[: ids.shape[1]], sin[: ids.shape[1]]
         logits = llava.decoder(embeds, phases=phases, logits_to_keep=text)
         return response_loss(logits, labels[:, -text:])
@@ -134,7 +135,8 @@ def _objectives(
             talk = dialogs.several(scenes, turns, weights, generator=generator)
             ids, labels = dialogs.conversation(talk, visual_tokens=visual, length=1 + visual + length)
             with torch.no_grad():
-                patches = encode(draw(scenes, generator=generator))
+                # Not compiled: without gradients the compiled tower gave other bits from call to call (torch 2.11).
+                patches = llava.vision.patch_features(draw(scenes, generator=generator), layer=config.feature_layer)
             return answer_loss(ids, labels, patches, length)
 
         return step_loss
@@ -185,27 +187,28 @@ def train_small(
     out = Path(out)
     torch.manual_seed(seed)
     tokenizer = WordTokenizer.small()
-    contrastive, llava = (m.to(device) for m in build(tokenizer))
+    contrastive, llava = (with_repeatable_embeddings(m).to(device) for m in build(tokenizer))
     compile_ = partial(torch.compile, dynamic=False) if cuda else lambda function: function
     objectives = _objectives(contrastive, llava, Dialogs(tokenizer, device=device), compile_, seed)
     log(f"{sum(p.numel() for p in {*contrastive.parameters(), *llava.parameters()}):,} parameters in all")
-    for plan in STAGES:
-        plan = replace(plan, steps=max(2, round(plan.steps * scale)), batch=batch or plan.batch)
-        try:
-            fit(
-                contrastive if plan.name == "contrastive" else llava,
-                plan,
-                lambda step, plan=plan: objectives[plan.name](plan, step),
-                checkpoint=out / f"{plan.name}.pt",
-                autocast=torch.bfloat16 if cuda else None,
-                deadline=deadline,
-                log=log,
-            )
-        except Paused as pause:
-            log(f"{pause}; call again to go on")
-            return False
-        if plan.name == stage:
-            log(f"stopped after stage {stage}, as asked")
-            return stage == names[-1]
+    with repeatable():
+        for plan in STAGES:
+            plan = replace(plan, steps=max(2, round(plan.steps * scale)), batch=batch or plan.batch)
+            try:
+                fit(
+                    contrastive if plan.name == "contrastive" else llava,
+                    plan,
+                    lambda step, plan=plan: objectives[plan.name](plan, step),
+                    checkpoint=out / f"{plan.name}.pt",
+                    autocast=torch.bfloat16 if cuda else None,
+                    deadline=deadline,
+                    log=log,
+                )
+            except Paused as pause:
+                log(f"{pause}; call again to go on")
+                return False
+            if plan.name == stage:
+                log(f"stopped after stage {stage}, as asked")
+                return stage == names[-1]
     save_small(contrastive, llava, out)
     return True
