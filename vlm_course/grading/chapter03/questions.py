@@ -38,8 +38,8 @@ WHY_IT_HALLUCINATES = Question(
     options={
         "a": Option(
             "One architectural property: visual tokens cannot see the question.",
-            "All our models have that property. Those tuned in the even world with sharp images answer this probe far "
-            "better than others with the very same architecture.",
+            "All our models have that property, and yet they invent at different rates: the least often after tuning on "
+            "even scenes with sharp images.",
         ),
         "b": Option(
             "The vision tower is frozen, so it must be blind to the object.",
