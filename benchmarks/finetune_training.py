@@ -260,13 +260,16 @@ def _grouped(config: LlavaConfig, documents: list, rows: int) -> list[Batch]:
 
 def _packed(config: LlavaConfig, documents: list, length: int, rows: int) -> list[Batch]:
     whole = pack(documents, length, pad_id=0, image_id=config.image_id, visual_tokens=config.visual_tokens)
-    batches = []
+    batches, fill = [], {"ids": 0, "labels": -100, "positions": 0, "documents": -1}
     for at in range(0, len(whole.ids), rows):
         cut = slice(at, at + rows)
         images = int((whole.ids[cut] == config.image_id).sum()) // config.visual_tokens
         pixels = torch.randn(images, 3, *config.vision.image_hw, dtype=torch.bfloat16).to(DEVICE)
-        tensors = (t[cut].to(DEVICE) for t in (whole.ids, whole.labels))
-        batches.append(Batch(*tensors, pixels, whole.positions[cut].to(DEVICE), whole.documents[cut].to(DEVICE)))
+        tensors = {}
+        for name, value in fill.items():  # the last batch may lack rows: empty ones, so that all have one shape
+            part = getattr(whole, name)[cut]
+            tensors[name] = torch.cat([part, part.new_full((rows - len(part), length), value)]).to(DEVICE)
+        batches.append(Batch(**tensors, pixels=pixels))
     return batches
 
 

@@ -42,9 +42,9 @@ def test_inside_the_backward_pass_it_is_the_same(dtype):
 
 def test_gradients_are_dropped_inside_the_backward_pass():
     layer = nn.Linear(2, 2)
-    RoundingAdamW(layer.parameters()).in_backward()
+    optimizer = RoundingAdamW(layer.parameters()).in_backward()
     layer(torch.ones(1, 2)).sum().backward()
-    assert layer.weight.grad is None and layer.bias.grad is None
+    assert layer.weight.grad is None and layer.bias.grad is None and len(optimizer.hooks) == 2
 
 
 def test_rounding_is_right_on_average_and_exact_where_it_can_be():

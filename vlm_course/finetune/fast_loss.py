@@ -82,5 +82,7 @@ def linear_cross_entropy(
             "shift and flatten both"
         )
     count = torch.as_tensor(count, dtype=torch.float32, device=hidden.device)
-    part = max(1, PART // len(weight)) if part is None else part
+    if part is None:  # parts of one size, as few as fit
+        parts = -(-len(hidden) * len(weight) // PART)
+        part = -(-len(hidden) // max(1, parts))
     return _LinearCrossEntropy.apply(hidden, weight, targets, count, part, step)

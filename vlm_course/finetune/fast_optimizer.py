@@ -12,7 +12,9 @@ the same time (Lv et al. 2024, LOMO, arXiv 2306.09782). The norm of all gradient
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,6 +60,14 @@ def plain_update(
         target.copy_(value.view_as(target))
 
 
+def _inside(optimizer: weakref.ref, group: int, parameter: Tensor) -> None:
+    """What happens when a gradient is complete. The reference is weak, so that a model and its optimizer can go."""
+    own = optimizer()
+    if own is not None:
+        own._update(parameter, own.param_groups[group])
+        parameter.grad = None
+
+
 class RoundingAdamW(torch.optim.Optimizer):
     """AdamW whose bfloat16 weights and moments are rounded stochastically. Takes what torch.optim.AdamW takes.
 
@@ -81,9 +91,9 @@ class RoundingAdamW(torch.optim.Optimizer):
     def in_backward(self) -> RoundingAdamW:
         """See the class. Returns itself. The moments are allocated now, so that what is free is known."""
         self.allocate()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                hook = lambda p, group=group: self._now(p, group)  # noqa: E731
+                hook = partial(_inside, weakref.ref(self), number)
                 self.hooks.append(parameter.register_post_accumulate_grad_hook(hook))
         return self
 
@@ -93,10 +103,6 @@ class RoundingAdamW(torch.optim.Optimizer):
             if not self.state[parameter]:
                 moments = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for _ in range(2)]
                 self.state[parameter].update(step=0, exp_avg=moments[0].detach(), exp_avg_sq=moments[1].detach())
-
-    def _now(self, parameter: Tensor, group: dict) -> None:
-        self._update(parameter, group)
-        parameter.grad = None
 
     @torch.no_grad()
     def _update(self, parameter: Tensor, group: dict) -> None:
