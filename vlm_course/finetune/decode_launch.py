@@ -28,6 +28,21 @@ def splits_for(kv_heads: int, processors: int = 132) -> int:
     return splits
 
 
+def early_start_works(device: torch.device) -> bool:
+    """Whether programmatic dependent launch runs here, tried on a chain of small products. Needs capability 9."""
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    from vlm_course.finetune.decode_kernels import residual_kernel
+
+    w, x = torch.eye(64, device=device), torch.ones(64, device=device)
+    try:
+        for _ in range(10):  # x doubles each time: 1,024 only if each waits for the one before it
+            residual_kernel[(16,)](x, w, x, K=64, ROWS=4, BLOCK_K=64, PDL=True, num_warps=1, launch_pdl=True)
+        return bool((x == 1024).all())
+    except Exception:  # whatever an older Triton says to an option that it does not know
+        return False
+
+
 def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

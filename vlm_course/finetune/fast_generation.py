@@ -74,7 +74,7 @@ class FastGenerator:
     """Answers prompts of one image or more with a `Llava`, greedily.
 
     capacity: tokens of prompt and answer together. tune: time a few block sizes of each kernel (CUDA). graphs: record
-    CUDA graphs; by default on CUDA. pdl: programmatic dependent launch; by default from compute capability 9 on.
+    CUDA graphs; by default on CUDA. pdl: programmatic dependent launch; by default where it works.
     The weights of query, key and value, and of gate and up, are laid side by side in place; the model stays usable.
     A model whose weights are replaced (not overwritten) afterwards needs a new FastGenerator.
     """
@@ -98,12 +98,12 @@ class FastGenerator:
         banned = model.config.image_id
         with torch.no_grad():
             if cuda:
-                from vlm_course.finetune.decode_launch import LaunchedStep, splits_for
+                from vlm_course.finetune.decode_launch import LaunchedStep, early_start_works, splits_for
 
-                new = torch.cuda.get_device_capability(device)[0] >= 9
+                new = early_start_works(device) if pdl is None else pdl
                 processors = torch.cuda.get_device_properties(device).multi_processor_count
                 self.state = State(model.decoder, capacity, splits_for(model.config.text.kv_heads, processors))
-                self.step = LaunchedStep(model.decoder, self.state, banned, pdl=new if pdl is None else pdl)
+                self.step = LaunchedStep(model.decoder, self.state, banned, pdl=new)
                 self.prefill = Prefill(model, self.step, TritonOps(), graphs=self.graphs)
                 if tune:
                     self.state.length.fill_(min(640, capacity - 1))
