@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlm_course.validation import checks, counts, require_shape
+from vlm_course.validation import checks, counts, require_same_device, require_shape
 
 
 @counts(length=0, offset=0)
@@ -64,6 +64,7 @@ def _queries_rule(queries, length, *, documents=None):
     require_shape(queries, "queries", "batch queries", floating=False)
     if documents is not None:
         require_shape(documents, "documents", "batch tokens", floating=False, batch=len(queries), tokens=length)
+        require_same_device(queries=queries, documents=documents)
 
 
 @counts(length=1)

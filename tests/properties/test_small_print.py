@@ -6,9 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from vlm_course.attention import queries_mask
 from vlm_course.bridges import CAbstractor, PerceiverResampler, ShuffleProjection
 from vlm_course.decoder import RMSNorm
-from vlm_course.fusion import GatedCrossAttention, media_mask, packed_media_mask, splice_image_features
+from vlm_course.fusion import (
+    GatedCrossAttention,
+    expand_image_placeholder,
+    media_mask,
+    packed_media_mask,
+    splice_image_features,
+)
 from vlm_course.packing import (
     FactorisedPositions,
     PackedVisionTransformer,
@@ -17,6 +24,7 @@ from vlm_course.packing import (
     pack_images,
     stretched_positions,
 )
+from vlm_course.patches import PatchEmbedding
 from vlm_course.resolution import (
     anyres_grid,
     anyres_tiles,
@@ -93,6 +101,41 @@ def test_the_gated_blocks_own_feed_forward_has_a_gelu():
         norm, first, _, last = block.feed_forward
         expected = torch.tensor(0.7).tanh() * last(nn.functional.gelu(first(norm(text))))
     torch.testing.assert_close(added, expected)
+
+
+LEAST = {
+    "queries_mask": lambda: queries_mask(torch.zeros(1, 1).long(), 1).shape == (1, 1, 1, 1),
+    "media_mask": lambda: media_mask(torch.tensor([[0, 5]]), 0, 1).all(),
+    "packed_media_mask": lambda: (
+        packed_media_mask(torch.tensor([[0, 5, 2, 5]]), 0, 1, 2).flatten().tolist() == [True] * 3 + [False]
+    ),
+    "packed_media_mask, <eos>": lambda: (
+        packed_media_mask(torch.tensor([[9, 5, 0, 5]]), 9, 1, 0).flatten().tolist() == [True] * 3 + [False]
+    ),
+    "expand_image_placeholder": lambda: expand_image_placeholder([0, 5], 0, 1) == [0, 5],
+    "GatedCrossAttention": lambda: (
+        GatedCrossAttention(dim=1, media_dim=1, heads=1, head_dim=1)(
+            torch.zeros(1, 1, 1), torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1).bool()
+        ).shape
+        == (1, 1, 1)
+    ),
+    "PatchEmbedding": lambda: (
+        PatchEmbedding(channels=1, patch_size=1, width=1)(torch.zeros(1, 1, 2, 3)).shape == (1, 6, 1)
+    ),
+    "FactorisedPositions": lambda: FactorisedPositions(1, 1, 1)(torch.zeros(1, 2, 2).long()).shape == (1, 2, 1),
+    "pack_images": lambda: pack_images([torch.zeros(1, 1, 1)] * 2, 1, capacity=1).documents.tolist() == [[0], [1]],
+    "PackedVisionTransformer": lambda: (
+        PackedVisionTransformer(PackedViTConfig(patch_size=1, width=4, layers=1, heads=1, mlp_width=1, channels=1))(
+            pack_images([torch.zeros(1, 1, 1)], 1)
+        ).shape
+        == (1, 1, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_the_smallest_sizes_and_ids_that_are_allowed_work(name):
+    assert LEAST[name]()
 
 
 # ------------------------------------------------------------------------------------------------------ bridges

@@ -22,6 +22,7 @@ row("attention.causal_mask", length=3, _least={"length": 0, "offset": 0})
 row("attention.padding_mask", attention_mask=Bool("B S"))
 row("attention.prefix_mask", lengths=I("B"), length=3)
 row("attention.block_mask", documents=I("B T"))
+row("attention.queries_mask", queries=I("B S"), length=3, documents=I("B 3"))
 row("attention.media_attention_mask", media=Bool("B T i"), tokens_per_image=2)
 ATTEND = {"q": F("B H T d"), "k": F("B H S d")}
 MASKED = {
