@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("resource", reason="mutants are forks, and this system has none")
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 try:
     from mutants import session, spots
@@ -157,10 +158,40 @@ def test_a_change_of_a_rule_in_a_decorator_takes_hold(toy):
         module.scale(2)
 
 
+def test_a_bound_of_a_decorator_takes_hold_for_functions_classes_and_dataclasses():
+    """Put back at the end: these are the package's own."""
+    from vlm_course import packing, patches
+
+    calls = {
+        "packing.grid_positions: @counts(rows=1) -> @counts(rows=2)": lambda: packing.grid_positions(1, 2),
+        "patches.PatchEmbedding: @counts(width=1) -> @counts(width=2)": lambda: patches.PatchEmbedding(
+            channels=1, patch_size=1, width=1
+        ),
+        "packing.PackedViTConfig: @counts(layers=1) -> @counts(layers=2)": lambda: packing.PackedViTConfig(
+            patch_size=1, width=4, layers=1, heads=1, mlp_width=1
+        ),
+    }
+    files = {name: str(ROOT / "vlm_course" / f"{name}.py") for name in ("packing", "patches")}
+    texts = {name: Path(file).read_text(encoding="utf-8") for name, file in files.items()}
+    known = {mutant.name: mutant for name, text in texts.items() for mutant in spots.mutants(name, text)}
+    functions = session.Functions({name: (file, texts[name]) for name, file in files.items()})
+    gc.unfreeze()
+    for name, call in calls.items():
+        mutant = known[name]
+        call()
+        assert functions.change(mutant) == 1
+        try:
+            with pytest.raises(ValueError, match="is 1, expected a whole number of at least 2"):
+                call()
+        finally:
+            mutant.edit = ("bound", (mutant.edit[1][0], 1))
+            functions.change(mutant)
+        call()
+
+
 def test_mutants_of_the_real_modules_are_found_in_memory():
     """Every function of the seven modules can be changed: none is hidden behind what the tool cannot reach."""
-    root = Path(__file__).resolve().parents[1]
-    files = {name: root / "vlm_course" / f"{name}.py" for name in spots.MODULES}
+    files = {name: ROOT / "vlm_course" / f"{name}.py" for name in spots.MODULES}
     for name in files:
         importlib.import_module(f"vlm_course.{name}")
     texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}

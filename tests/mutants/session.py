@@ -7,6 +7,7 @@ thread pool was alive before them, so arithmetic has one thread here.
 
 import ast
 import gc
+import inspect
 import json
 import os
 import resource
@@ -93,10 +94,12 @@ class Functions:
     """The functions of a module that are in memory, by their code, and how to change one."""
 
     def __init__(self, modules: dict[str, str]):
-        self.modules, self.living = modules, {}
+        self.modules, self.living, self.guards = modules, {}, []
         for function in gc.get_objects():
             if type(function) is types.FunctionType:
                 self.living.setdefault(self._key(function.__code__), []).append(function)
+                if function.__code__.co_qualname == "_guarded.<locals>.guarded":
+                    self.guards.append(function)
         gc.collect()
         gc.freeze()  # the forks share what stands here
 
@@ -113,6 +116,8 @@ class Functions:
 
     def change(self, mutant: spots.Mutant) -> int:
         """Makes the change in this process; how many functions it changed."""
+        if mutant.edit[0] == "bound":
+            return self._change_bound(mutant)
         file, text = self.modules[mutant.module]
         old = list(self._codes(compile(ast.parse(text), file, "exec")))
         if mutant.default is not None:
@@ -134,6 +139,20 @@ class Functions:
                 for function in self.living.get(self._key(before), []):
                     function.__code__ = after
                     changed += 1
+        return changed
+
+    def _change_bound(self, mutant: spots.Mutant) -> int:
+        name, low = mutant.edit[1]
+        changed = 0
+        for guard in self.guards:
+            rule = inspect.getclosurevars(guard).nonlocals["rule"]
+            places = getattr(rule, "__closure__", None) and inspect.getclosurevars(rule).nonlocals.get("places")
+            mine = guard.__qualname__ in (mutant.function, f"{mutant.function}.__init__")
+            if places and mine and guard.__module__ == f"vlm_course.{mutant.module}":
+                for number, (place, argument, _) in enumerate(places):
+                    if argument == name:
+                        places[number] = (place, argument, low)
+                        changed += 1
         return changed
 
 

@@ -5,6 +5,7 @@
 - a condition is turned round; one side of an `and` or `or` is dropped
 - a call takes its neighbour's name: min and max, any and all, zeros and ones, GELU and ReLU, sine and cosine
 - an optional argument is left out of a call; a call that stands alone is dropped
+- a bound in `@counts(...)` grows by one
 """
 
 import ast
@@ -130,6 +131,15 @@ def _span(chain: list[ast.AST]) -> tuple[int, int]:
     return inner.lineno, body[0].lineno - 1 if isinstance(body, list) else inner.end_lineno
 
 
+def _bounds(module: str, function: str, node: ast.AST, decorator: ast.AST) -> Iterator[Mutant]:
+    """`@counts(width=1)` asks for too much: the smallest number that is allowed would be refused."""
+    if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "counts":
+        for keyword in decorator.keywords:
+            low, span = keyword.value.value, (node.lineno, node.end_lineno)
+            before, after = (f"@counts({keyword.arg}={number})" for number in (low, low + 1))
+            yield Mutant(module, function, decorator.lineno, before, after, (), ("bound", (keyword.arg, low + 1)), span)
+
+
 def _one_line(node: ast.AST) -> str:
     if isinstance(node, ast.If | ast.While | ast.For):
         node = copy.copy(node)
@@ -163,7 +173,8 @@ def mutants(module: str, text: str) -> list[Mutant]:
 
     def enter(node: ast.AST, path: tuple, chain: list[ast.AST], outer: str) -> None:
         name = f"{outer}.{node.name}".lstrip(".")
-        for number, decorator in enumerate(node.decorator_list):  # of these the rules, which are functions
+        for number, decorator in enumerate(node.decorator_list):  # of these the rules, which are functions, and bounds
+            found.extend(_bounds(module, name, node, decorator))
             for steps, inner in _lambdas(decorator, (*path, ("decorator_list", number)), [*chain, decorator]):
                 visit(steps, inner, name)
         if isinstance(node, ast.ClassDef):
