@@ -111,8 +111,8 @@ class _CachedStep:
 
     def __init__(self, decoder: Decoder, length: int, *, joined: bool = False):
         def matrices(*linears: nn.Linear) -> list[Tensor]:  # [in, out] each, or one [in, all outs]
-            weights = [linear.weight for linear in linears]
-            return [torch.cat(weights).t().contiguous()] if joined else [weight.t() for weight in weights]
+            weights = [linear.weight.t() for linear in linears]
+            return [torch.cat(weights, dim=1).contiguous()] if joined else weights
 
         self.config = decoder.config
         self.embedding, self.norm, self.head = decoder.token_embedding.weight, decoder.norm.weight, decoder.head.weight
