@@ -52,6 +52,27 @@ def random_tower(vision: VisionTransformer, *, seed: int = 0) -> VisionTransform
     return tower.to(vision.class_token.device).eval().requires_grad_(False)
 
 
+def data(
+    model: Llava,
+    adapter: TokenizerAdapter,
+    align: FinetunePlan,
+    instruct: FinetunePlan,
+    *,
+    easy_vqa: float = EASY_VQA,
+    turns: int = 8,
+    length: int = 384,
+    images: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[SceneBatches, SceneBatches | Together]:
+    """The batches of both stages; arguments as in `learn_to_see`."""
+    require_number(easy_vqa, "easy_vqa", 0, 1)
+    options = {"seed": seed, "device": device}
+    captions = align_batches(adapter, model.config, rows=align.batch, length=max(200, length // 2), **options)
+    options |= {"turns": turns, "length": length, "easy_vqa": round(easy_vqa * instruct.batch), "images": images}
+    return captions, instruct_batches(adapter, model.config, rows=instruct.batch, **options)
+
+
 def learn_to_see(
     model: Llava,
     adapter: TokenizerAdapter,
@@ -59,36 +80,23 @@ def learn_to_see(
     *,
     align: FinetunePlan = ALIGN,
     instruct: FinetunePlan = INSTRUCT,
-    easy_vqa: float = EASY_VQA,
-    turns: int = 8,
-    length: int = 384,
-    images: int | None = None,
-    seed: int = 0,
     device: torch.device | str | None = None,
     log: Callable[[str], None] = print,
+    **options,
 ) -> Stages:
     """Train the bridge on captions, then what `instruct` says on all kinds of question; resumes where it was stopped.
 
     Args:
         folder: each stage keeps its running state in a folder of its own in it.
-        easy_vqa: share of the rows of the second stage; `images` limits how many of its images are read.
-        turns, length: questions an image, and tokens a row, of the second stage.
         device: by default the GPU where there is one; the plans must suit it (`on_cpu`).
+        options: easy_vqa, the share of the second stage's rows that show easy-VQA's images, and images, how many of
+            these are read; turns and length, its questions an image and tokens a row; seed, of the data.
     """
-    require_number(easy_vqa, "easy_vqa", 0, 1)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {"seed": seed, "device": device}
-    rows = round(easy_vqa * instruct.batch)
-    data = (
-        align_batches(adapter, model.config, rows=align.batch, length=max(200, length // 2), **options),
-        instruct_batches(
-            adapter, model.config, rows=instruct.batch, easy_vqa=rows, images=images, turns=turns, length=length,
-            **options,
-        ),
-    )  # fmt: skip
+    sources = data(model, adapter, align, instruct, device=device, **options)
     folders, reports = (Path(folder) / "align", Path(folder) / "instruct"), []
-    for plan, batches, place in zip((align, instruct), data, folders, strict=True):
+    for plan, batches, place in zip((align, instruct), sources, folders, strict=True):
         log(f"{place.name}: {batches.fingerprint}")
         reports.append(Trainer(model, plan, batches, place, device=device, log=log).run())
     model.eval()
-    return Stages((align, instruct), data, tuple(reports), folders)
+    return Stages((align, instruct), sources, tuple(reports), folders)
