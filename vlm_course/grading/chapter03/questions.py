@@ -38,7 +38,7 @@ WHY_IT_HALLUCINATES = Question(
     options={
         "a": Option(
             "One architectural property: visual tokens cannot see the question.",
-            "All our models have that property, and yet they invent at different rates: the least often after tuning on "
+            "All our models have that property, and yet they invent at different rates: least often after tuning on "
             "even scenes with sharp images.",
         ),
         "b": Option(
