@@ -35,6 +35,11 @@ def test_instruction_loss_refuses_a_batch():
         instruction_loss(torch.zeros(2, 3), torch.ones(2, 3))
 
 
+def test_instruction_loss_of_no_tokens_is_refused():
+    with pytest.raises(ValueError, match="0 tokens, expected at least 1"):
+        instruction_loss(torch.zeros(0), torch.zeros(0))
+
+
 def test_instruction_loss_looks_at_no_values_on_the_meta_device():
     assert instruction_loss(torch.zeros(3, device="meta"), torch.zeros(3, device="meta")).shape == ()
 
