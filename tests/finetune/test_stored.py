@@ -4,7 +4,19 @@ import json
 
 import pytest
 
-from vlm_course.finetune.stored import FOLDER, PATHS, StoredRun, keep, machine, missing, not_yet, stored_run
+from vlm_course.finetune.stored import (
+    FOLDER,
+    PATHS,
+    TRICKS,
+    StoredRun,
+    keep,
+    keep_speed,
+    machine,
+    missing,
+    not_yet,
+    speed_lines,
+    stored_run,
+)
 
 RUN = StoredRun(
     path=2,
@@ -69,10 +81,46 @@ def test_a_spoilt_file_is_named(tmp_path):
 
 def test_what_ships_is_from_a_gpu():
     """Nothing typed by hand can be told from nothing measured, but a CPU's run is no GPU's."""
-    assert {file.name for file in FOLDER.glob("*.json")} <= {"path1.json", "path2.json"}
+    assert {file.name for file in FOLDER.glob("*.json")} <= {
+        f"{n}.json" for n in ("path1", "path2", "path3", "path3-mixed", "speed")
+    }
     for path in (1, 2):
         run = stored_run(path)
         if run is None:
             assert "not run yet" in not_yet(path) and PATHS[path] in not_yet(path)
         else:
             assert "CPU" not in run.machine and run.numbers["samples_per_s"] > 0
+
+
+def test_speed_is_kept_without_profiles_and_what_is_missing_is_said(tmp_path):
+    assert all(line.endswith("not run yet") for line in speed_lines(tmp_path)) and len(speed_lines(tmp_path)) == len(
+        TRICKS
+    )
+    machine_ = {"gpu": "a GPU", "date": "2026-01-02"}
+    rows = {
+        "small": {
+            "machine": machine_,
+            "variants": {
+                "ours": {"samples_per_s": 300.0, "profile": [["kernel", 1.0, 2]]},
+                "ours, not compiled": {"samples_per_s": 200.0},
+                "ours, every position": {"failed": "OutOfMemoryError"},
+            },
+        },
+        "two-gpus": {"skipped": "1 GPU"},
+    }
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    file = keep_speed(tmp_path / "all.json", tmp_path)
+    assert "profile" not in file.read_text()
+    lines = speed_lines(tmp_path)
+    assert lines[0] == "layers compiled: 1.50 times (300 against 200 samples/s; a GPU, 2026-01-02)"
+    assert sum(line.endswith("not run yet") for line in lines) == len(TRICKS) - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("[", "not from"), ('{"a": {"variants": 3}}', "not from"), ("{}", "0 measured")]
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, text, words):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        keep_speed(tmp_path / "x.json", tmp_path)
+    assert not (tmp_path / "speed.json").exists()

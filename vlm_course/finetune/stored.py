@@ -2,12 +2,15 @@
 
 A run is written by the same code that shows it (`keep`, at the end of the chapter when it runs on a GPU); nothing in
 these files is typed by hand. Where there is none, the chapter says so in words.
+
+    python -m vlm_course.finetune.stored FILE      keeps the numbers of `python -m benchmarks.finetune all --json FILE`
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -38,7 +41,8 @@ UNITS = {
 def machine() -> str:
     """The device that torch uses here, in words: name, number and memory of its GPUs, or the CPU and its threads."""
     if not torch.cuda.is_available():
-        return f"a CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"a CPU, {threads} thread{'s' * (threads > 1)}"
     count, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
     gigabytes = properties.total_memory / 2**30
     return (
@@ -121,14 +125,14 @@ def _shown(name: str, value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
 
 
-def _file(path: int, folder: Path) -> Path:
+def _file(path: int, folder: Path, variant: str) -> Path:
     require_one_of(path, "path", tuple(PATHS))
-    return folder / f"path{path}.json"
+    return folder / (f"path{path}-{variant}.json" if variant else f"path{path}.json")
 
 
-def keep(run: StoredRun, folder: Path | str = FOLDER) -> Path:
-    """Write a run in place of the one before of its path, atomically; returns the file."""
-    file = _file(run.path, Path(folder))
+def keep(run: StoredRun, folder: Path | str = FOLDER, *, variant: str = "") -> Path:
+    """Write a run in place of the one before of its path and variant, atomically; returns the file."""
+    file = _file(run.path, Path(folder), variant)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".part")
     beside.write_text(json.dumps(asdict(run), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -136,13 +140,13 @@ def keep(run: StoredRun, folder: Path | str = FOLDER) -> Path:
     return file
 
 
-def stored_run(path: int, folder: Path | str = FOLDER) -> StoredRun | None:
-    """The kept run of a path, None where there is none.
+def stored_run(path: int, folder: Path | str = FOLDER, *, variant: str = "") -> StoredRun | None:
+    """The kept run of a path (and of a variant of it), None where there is none.
 
     Raises:
         ValueError: the file is none of these, or it holds what a run cannot have.
     """
-    file = _file(path, Path(folder))
+    file = _file(path, Path(folder), variant)
     if not file.is_file():
         return None
     try:
@@ -165,3 +169,75 @@ def missing(folder: Path | str = FOLDER) -> list[int]:
 def not_yet(path: int) -> str:
     """What the chapter says where a run is missing."""
     return f"Path {path}, {PATHS[path]}: not run yet for this book. No number is shown for it."
+
+
+# What a trick is measured by: a row of benchmarks.finetune, and the variants with and without it.
+TRICKS = {
+    "layers compiled": ("small", "ours", "ours, not compiled"),
+    "head and last block only where an answer is learned, 7B": ("projector", "ours", "ours, every position"),
+    "the same, 222M": ("small", "ours", "ours, every position"),
+    "conversations packed into rows": ("packed", "ours, packed", "ours, grouped and padded"),
+    "cuDNN's attention in place of torch's choice": ("full", "ours, cuDNN attention", "ours"),
+    "8 blocks computed again, for their memory": ("full", "ours, 8 blocks again", "ours"),
+}
+
+
+def keep_speed(source: Path | str, folder: Path | str = FOLDER) -> Path:
+    """Keep what `benchmarks.finetune` measured, without its profiles; returns the file.
+
+    Raises:
+        ValueError: the file is none of that program's, or no row of it was measured on a GPU.
+    """
+    try:
+        table = json.loads(Path(source).read_text(encoding="utf-8"))
+        rows = {
+            name: {
+                "machine": row["machine"],
+                "variants": {
+                    key: {k: v for k, v in found.items() if k != "profile"} for key, found in row["variants"].items()
+                },
+            }
+            for name, row in table.items()
+            if "variants" in row
+        }
+        measured = [row["machine"]["gpu"] for row in rows.values()]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{Path(source).name} is not from benchmarks.finetune ({error}): run that with --json"
+        ) from error
+    if not measured:
+        raise ValueError(
+            f"{Path(source).name} has 0 measured rows, expected at least 1: run it on a machine with a GPU"
+        )
+    file = Path(folder) / "speed.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, file)
+    return file
+
+
+def speed_lines(folder: Path | str = FOLDER) -> list[str]:
+    """What each trick buys, a line each, from the kept measurements; a trick that was not measured says so."""
+    file = Path(folder) / "speed.json"
+    table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    lines = []
+    for trick, (row, with_it, without) in TRICKS.items():
+        variants = table.get(row, {}).get("variants", {})
+        rates = [variants.get(name, {}).get("samples_per_s") for name in (with_it, without)]
+        if None in rates:
+            lines.append(f"{trick}: not run yet")
+            continue
+        machine, (fast, plain) = table[row]["machine"], rates
+        where = f"{machine['gpu']}, {machine['date']}"
+        lines.append(f"{trick}: {fast / plain:.2f} times ({fast:.3g} against {plain:.3g} samples/s; {where})")
+    return lines
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("give one file: that of `python -m benchmarks.finetune all --json FILE`")
+    try:
+        print(keep_speed(sys.argv[1]))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))

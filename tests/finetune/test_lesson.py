@@ -1,0 +1,82 @@
+"""What chapter 10 trains: true questions about what is not there, and a job of one kind on every path."""
+
+import torch
+
+from vlm_course.finetune import absent, lesson
+from vlm_course.finetune.choose import Choice
+from vlm_course.finetune.data import read_records
+from vlm_course.finetune.exams import grade
+from vlm_course.finetune.published import random_checkpoint
+from vlm_course.finetune.stored import stored_run
+from vlm_course.llava import DecoderConfig, LlavaConfig
+from vlm_course.vit import ViTConfig
+from vlm_course.worlds.scenes import COLOURS, SHAPES, sample
+
+TINY = LlavaConfig(
+    vision=ViTConfig(image_size=28, patch_size=14, width=16, layers=2, heads=2, mlp_width=32),
+    text=DecoderConfig(vocab_size=320, width=32, layers=2, heads=2, kv_heads=2, mlp_width=48, max_positions=512),
+    image_id=300,
+)
+
+
+def test_questions_are_true_of_the_scene():
+    generator = torch.Generator().manual_seed(0)
+    scenes = sample(60, generator=generator)
+    kinds = set()
+    for row in range(60):
+        here = scenes.present[row]
+        things = list(zip(scenes.shape[row][here].tolist(), scenes.colour[row][here].tolist(), strict=True))
+        for kind, question, answer in absent.questions(scenes, row, generator, 2):
+            kinds.add(kind)
+            (shape,) = [name for name in SHAPES if f" {name}?" in question]
+            of_it = [COLOURS[colour] for number, colour in things if SHAPES[number] == shape]
+            assert of_it == ([answer] if kind == absent.PRESENT else [])
+            assert kind == absent.PRESENT or answer == f"there is no {shape}"
+    assert kinds == {absent.PRESENT, absent.ABSENT}
+
+
+def test_records_can_be_read_and_the_seed_decides(tmp_path):
+    one, two, other = (absent.write_records(tmp_path / n, 4, seed=s) for n, s in (("a", 1), ("b", 1), ("c", 2)))
+    assert one.read_text() == two.read_text() != other.read_text()
+    records = read_records(one)
+    assert len(records) == 4 and all(record.image is not None and record.turns for record in records)
+
+
+def test_the_exam_asks_both_kinds_about_fresh_scenes():
+    exam = absent.exam(12)
+    assert set(exam.kind) == {absent.PRESENT, absent.ABSENT} and len(exam.pixels) == 12
+    assert exam.kind.count(absent.ABSENT) == 12
+    assert set(absent.exam(4, kept=2).kind) == {absent.PRESENT, absent.ABSENT, *absent.KEPT}
+
+
+def test_path_1_runs_from_a_folder_in_the_published_layout(tmp_path):
+    folder = random_checkpoint(TINY, tmp_path / "model", dtype=torch.float32)
+    choice = Choice(1, str(folder), "lora", "a test")
+    job = lesson.job(choice, tmp_path, steps=2, scenes=4, asked=2)
+    assert job.exam.pixels.shape[-2:] == (28, 28)
+    (report,) = job.train(tmp_path / "run", log=lambda text: None)
+    assert report.done and [step for step, _ in job.losses(tmp_path / "run")] == [1, 2]
+    assert "LoRA of rank 32, 2 steps of 16" in job.work
+    table, answers = grade(job.model, job.adapter, job.exam)
+    assert len(answers) == len(job.exam) and {"model", "blind", "swapped"} <= set(table["all"])
+
+
+def test_path_3_is_the_small_model(tmp_path):
+    job = lesson.job(Choice(3, "small", "full", "a test"), tmp_path, steps=1, scenes=2, asked=2)
+    ((plan, batches),) = job.stages
+    assert plan.mode == "lora" and plan.dtype == "float32" and len(batches(0)) == plan.batch
+    assert job.exam.pixels.shape[-2:] == (96, 96)
+
+
+def test_the_stored_runs_of_a_laptop_show_what_the_chapter_says():
+    """Alone, the new questions are learned and the old ones lost; mixed, what is in the mix stays."""
+    alone, mixed = stored_run(3).accuracy, stored_run(3, variant="mixed").accuracy
+    for table in (alone, mixed):
+        assert table[absent.ABSENT]["before"] < 0.1 and all(table[kind]["before"] > 0.95 for kind in absent.KEPT)
+        for kind in (absent.ABSENT, absent.PRESENT):
+            assert table[kind]["after"] > 0.9, kind
+        assert table[absent.ABSENT]["blind"] + table[absent.PRESENT]["blind"] < 1.3
+    assert sum(alone[kind]["after"] for kind in absent.KEPT) / 3 < 0.2
+    for kind in absent.KEPT:
+        assert (mixed[kind]["after"] > 0.9) == (kind in absent.MIXED), kind
+    assert mixed["relation"]["after"] < 0.7
