@@ -2,12 +2,17 @@
 
 Paths 1 and 3 learn to say that a thing is not there (`absent`), from records in the published format; on path 1 any
 other file of records may be given. Path 2 learns to see in LLaVA's two stages (`recipes`).
+
+    python -m vlm_course.finetune.lesson --steps 2000      runs this machine's path and keeps what it found
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +20,16 @@ import torch
 
 from ..llava import SMALL, Llava
 from ..validation import counts, require_one_of
-from . import absent
+from . import absent, choose
 from .checkpoint import read_log
 from .choose import Choice
 from .collate import Batch, Collator
 from .data import read_records
 from .engine import Report, Trainer
-from .exams import Exam, easy_vqa_exam, scene_exam, together
+from .exams import Exam, easy_vqa_exam, grade, scene_exam, together
 from .loader import Loader
 from .plan import FinetunePlan
+from .stored import FOLDER, StoredRun, keep
 from .tokenizers import TokenizerAdapter
 
 Stage = tuple[FinetunePlan, Callable[[int], Batch]]
@@ -161,3 +167,93 @@ def _learn_to_see(steps: int, asked: int, tower: str) -> Job:
     )
     exam = together(scene_exam(asked, device=device), easy_vqa_exam(limit=4 * asked, device=device))
     return Job(f"SmolLM2-135M behind the course's tower ({tower})", model, adapter, stages, exam)
+
+
+def numbers(job: Job, reports: Sequence[Report], *, dollars_an_hour: float = 0.0) -> dict[str, float]:
+    """What a training cost, under names of `stored.UNITS`; the share of the matrix peak is of the last stage.
+
+    The peak is measured here, by the largest matrix product that is timed: bfloat16 on a GPU, float32 on a CPU.
+    """
+    from .flops import measure_floors, step_flops
+
+    (plan, batches), report = job.stages[-1], reports[-1]
+    device, seconds = next(job.model.parameters()).device, sum(one.seconds for one in reports)
+    cuda = device.type == "cuda"
+    sizes = {} if cuda else {"size": 1024, "elements": 1 << 22, "dtype": torch.float32}
+    floors = measure_floors(device, **sizes)
+    operations = step_flops(job.model.config, plan.mode, 1, batches(0).ids.shape[1])  # of one conversation
+    found = {
+        "steps": sum(plan.steps for plan, _ in job.stages),
+        "batch": plan.batch,
+        "parameters that learn": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
+        "minutes": seconds / 60,
+        "samples_per_s": report.samples_per_s,
+        "share_of_peak": floors.share(operations * report.samples_per_s, 1),
+    }
+    found |= {"memory_gb": report.memory / 1e9} if cuda else {}
+    return found | ({"dollars": dollars_an_hour * seconds / 3600} if dollars_an_hour else {})
+
+
+Graded = tuple[dict[str, dict[str, float]], list[str]]  # what `exams.grade` gives
+
+
+def found(
+    path: int,
+    job: Job,
+    cost: dict[str, float],
+    losses: Sequence[tuple[int, float]],
+    before: Graded,
+    after: Graded,
+    *,
+    notes: Sequence[str] = (),
+) -> StoredRun:
+    """Everything that a run of the chapter found, to be printed and kept: exams before and after, losses, cost."""
+    table = {
+        kind: {"before": before[0][kind]["model"], "after": row["model"]}
+        | {name: row[name] for name in ("blind", "swapped", "majority", "random tower") if name in row}
+        for kind, row in after[0].items()
+    }
+    answers = tuple(
+        {"question": job.exam.question[n], "truth": job.exam.answer[n], "before": before[1][n], "after": after[1][n]}
+        for n in job.exam.few(2)
+    )
+    return StoredRun(path, job.name, job.work, cost, tuple(losses), table, answers, tuple(notes))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command of the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m vlm_course.finetune.lesson", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", default=None, help="folder of a LLaVA-1.5 checkpoint (path 1)")
+    parser.add_argument("--data", default=None, help="records to learn from in place of the chapter's (paths 1 and 3)")
+    for name, value in (("steps", 2), ("scenes", 2000), ("asked", 60)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--random-tower", action="store_true", help="a control of path 2: behind a fresh tower")
+    parser.add_argument("--dollars-an-hour", type=float, default=0.0)
+    parser.add_argument("--note", action="append", default=[], help="such as: the weights are random")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the run is kept; by default in the package")
+    given = parser.parse_args(arguments)
+    machine = choose.look(given.checkpoint)
+    choice = choose.decide(machine)
+    print(choose.said(machine, choice), flush=True)
+    options = {"steps": given.steps, "scenes": given.scenes, "asked": given.asked, "data": given.data}
+    with tempfile.TemporaryDirectory() as name:
+        work = job(choice, name, **options)
+        before = grade(work.model, work.adapter, work.exam, controls=False)
+        reports = work.train(Path(name) / "run")
+        cost = numbers(work, reports, dollars_an_hour=given.dollars_an_hour)
+        losses = work.losses(Path(name) / "run")
+        after = grade(work.model, work.adapter, work.exam)
+        if given.random_tower and choice.path == 2:
+            other = job(choice, name, tower="random", **options)
+            other.train(Path(name) / "random")
+            for kind, row in grade(other.model, other.adapter, other.exam, controls=False)[0].items():
+                after[0][kind]["random tower"] = row["model"]
+    run = found(choice.path, work, cost, losses, before, after, notes=given.note)
+    variant = "lesson" if choice.path == 3 else ""
+    print("\n\n".join([run.title, run.numbers_table(), run.accuracy_table(), run.answers_text()]))
+    print(keep(run, given.folder, variant=variant).name, "kept")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
