@@ -227,12 +227,78 @@ def evaluate(
     evaluation.main(suite.value, json_file=json, n=n, device=device, folder=weights, tuned=tuned)
 
 
+@app.command()
+def finetune(
+    data: Annotated[Path, typer.Option(help="LLaVA-Instruct's JSON or JSONL, or its folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the run and of the trained model.", show_default=False)],
+    model: Annotated[str, typer.Option(help="small, or the folder of a LLaVA-1.5 checkpoint.")] = "small",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that image names start from.", show_default="beside the data")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="What learns: projector, lora or full.")] = "lora",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad records out and count them; else the first one stops.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Conversations an optimizer step.")] = 16,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows computed at once.", show_default="as many as fit")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="How often each record is read.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Greatest learning rate.", show_default="LLaVA-1.5's")] = None,
+    bridge_lr: Annotated[float | None, typer.Option(help="That of the bridge.", show_default="LLaVA-1.5's")] = None,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's matrices.")] = 128,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Longest row, image included.", show_default="the model's longest")
+    ] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Several conversations in one row.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, autocast or bfloat16.", show_default="bfloat16 on a GPU")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.", show_default="cuda where there is one")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of records, LoRA's first values and dropout.")] = 0,
+    save_every: Annotated[float, typer.Option(min=0, help="Seconds between two running states.")] = 600.0,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop in good time, with everything saved.")] = None,
+    trust_images: Annotated[
+        bool, typer.Option("--trust-images", help="Do not decode every image before training.")
+    ] = False,
+) -> None:
+    """Fine-tune the shipped model or a LLaVA-1.5 checkpoint on your conversations; run it again to go on.
+
+    On several GPUs: torchrun --nproc-per-node N -m vlm_course finetune ...
+    """
+    from vlm_course.finetune import command
+
+    asked = {"steps": steps, "lr": lr, "bridge_lr": bridge_lr, "dtype": dtype}
+    command.finetune(
+        data,
+        model=model,
+        out=out,
+        images=images,
+        skip_bad=skip_bad,
+        epochs=epochs,
+        pack=pack,
+        max_tokens=max_tokens,
+        check_images=not trust_images,
+        device=device,
+        minutes=minutes,
+        log=typer.echo,
+        mode=mode,
+        batch=batch,
+        micro_batch=micro_batch,
+        lora_rank=lora_rank,
+        seed=seed,
+        save_every=save_every,
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+
+
 def main() -> None:
     """Entry point: the errors that the course raises on purpose are shown as a sentence."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("VLM_COURSE_TRACEBACK"):
             raise
-        print(f"vlm-course: {error}", file=sys.stderr)
+        print(f"vlm-course: {str(error) or 'out of memory'}", file=sys.stderr)
         sys.exit(2)

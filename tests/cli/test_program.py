@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from vlm_course import cli
 
-COMMANDS = ("lab", "update", "doctor", "ask", "trace", "check", "progress", "build", "train", "evaluate")
+COMMANDS = ("lab", "update", "doctor", "ask", "trace", "check", "progress", "build", "train", "evaluate", "finetune")
 
 
 def program(*arguments, cwd=None):

@@ -22,6 +22,7 @@ RUNS = {
     "lora-parts": (replace(PLAN, micro_batch=2), True),
     "full": (replace(PLAN, mode="full"), False),
     "full-parts": (replace(PLAN, mode="full", micro_batch=1), True),
+    "full-whole": (replace(PLAN, mode="full", divide=False), False),
 }
 
 PROGRAM = """
@@ -46,7 +47,8 @@ for name, (plan, loader, config, stop) in jobs.items():
         assert whole is None
     kinds = sorted({type(p).__name__ for p in model.parameters()})
     (here / name / f"rank{trainer.world.rank}.json").write_text(json.dumps(kinds))
-distributed.leave()
+from vlm_course.finetune.command import finetune
+finetune(sys.argv[2], model="small", mode="full", steps=2, batch=4, device="cpu", out=here / "command")
 """
 
 
@@ -61,7 +63,7 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, loader, tiny_config):
+def two(tmp_path_factory, loader, tiny_config, talk_file):
     """The folder in which two processes ran every plan, and one more that they stopped after its first step."""
     import pickle
 
@@ -77,9 +79,14 @@ def two(tmp_path_factory, loader, tiny_config):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(here / "program.py"), str(here)], capture_output=True, text=True, timeout=200, env=environment
+        [*command, str(here / "program.py"), str(here), str(talk_file)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
     )
     assert run.returncode == 0, run.stderr[-4000:]
+    (here / "said").write_text(run.stdout, encoding="utf-8")
     return here
 
 
@@ -94,7 +101,7 @@ def test_two_processes_have_the_curve_of_one(two, tiny, loader, tmp_path, name):
     for key, value in state.items():
         torch.testing.assert_close(there[key], value, rtol=1e-3, atol=2e-5, msg=key)
     kinds = {json.loads((two / name / f"rank{rank}.json").read_text())[0] for rank in range(2)}
-    assert kinds == {"DTensor" if plan.mode == "full" else "Parameter"}
+    assert kinds == {"DTensor" if plan.mode == "full" and plan.divide else "Parameter"}
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -113,3 +120,18 @@ def test_only_the_first_process_writes(two):
         assert {path.name for path in (two / name).iterdir()} == {
             "log.jsonl", "state.pt", "whole.pt", "rank0.json", "rank1.json",
         }  # fmt: skip
+
+
+def test_the_command_says_things_once_and_writes_a_whole_model(two, talk_file, tmp_path):
+    from vlm_course.finetune.command import finetune
+    from vlm_course.pretrained import load_small
+
+    said = (two / "said").read_text(encoding="utf-8")
+    assert said.count("24 conversations with 48 questions") == 1 and said.count("the trained model is in") == 1
+    assert "full: " in said and "parameters learn on 2 x cpu, 2 steps of 4 conversations" in said
+    options = {"model": "small", "mode": "full", "steps": 2, "batch": 4, "device": "cpu", "log": lambda line: None}
+    finetune(talk_file, out=tmp_path, **options)
+    assert losses(two / "command") == pytest.approx(losses(tmp_path), rel=2e-5)
+    ours, theirs = (load_small(folder=folder / "model").model.state_dict() for folder in (two / "command", tmp_path))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=2e-4, msg=key)

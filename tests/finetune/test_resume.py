@@ -195,8 +195,16 @@ def test_the_log_is_cut_back_to_the_state(tmp_path):
     assert read_log(tmp_path / "nowhere") == []
 
 
-def test_a_state_holds_only_what_learns(tiny, loader, unbroken):
-    state = final(unbroken)
-    assert state["step"] == 8 and len(state["random"]) == 1
+def test_a_state_holds_only_what_learns_and_at_the_end_no_moments(tiny, loader, tmp_path):
+    quiet(tiny(), tmp_path, loader(6)).run(minutes=0)
+    state = final(tmp_path)
+    assert state["step"] == 1 and len(state["random"]) == 1
     assert all(name.startswith("bridge.") or name.endswith(("lora_a", "lora_b")) for name in state["weights"])
     assert state["optimizer"].keys() == state["weights"].keys()
+    quiet(tiny(), tmp_path, loader(6)).run()
+    assert final(tmp_path)["optimizer"] == {} and final(tmp_path)["weights"].keys() == state["weights"].keys()
+
+
+def test_a_measurement_saves_nothing(tiny, loader, tmp_path):
+    quiet(tiny(), tmp_path, loader(6), replace(PLAN, save_every=None)).run()
+    assert not (tmp_path / STATE).exists() and len(read_log(tmp_path)) == PLAN.steps

@@ -63,19 +63,20 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
         state["step"] = state["step"].zero_() if isinstance(state["step"], Tensor) else 0
 
 
-def capture(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Weights and moments by the parameters' names, whole and on the CPU; `keep` says whether this process needs them.
+def capture(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None, *, keep: bool
+) -> dict[str, Any]:
+    """Weights, and moments if an optimizer is given, by the parameters' names, whole and on the CPU.
 
-    All processes must call it, since what is divided among them is collected.
+    `keep` says whether this process needs them. All must call it, since what is divided among them is collected.
     """
-    weights, moments = {}, {}
-    for name, parameter in parameters.items():
-        weights[name] = whole(parameter.data, keep=keep)
-        moments[name] = {
+    state: dict[str, Any] = {"weights": {n: whole(p.data, keep=keep) for n, p in parameters.items()}, "optimizer": {}}
+    for name, parameter in parameters.items() if optimizer is not None else ():
+        state["optimizer"][name] = {
             key: whole(value, keep=keep) if isinstance(value, Tensor) else value
             for key, value in optimizer.state[parameter].items()
         }
-    return {"weights": weights, "optimizer": moments}
+    return state
 
 
 def restore(state: dict[str, Any], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -83,11 +84,11 @@ def restore(state: dict[str, Any], parameters: dict[str, nn.Parameter], optimize
     for name, parameter in parameters.items():
         copy_into(parameter.data, state["weights"][name])
         own = optimizer.state[parameter]
-        for key, value in state["optimizer"][name].items():
-            if isinstance(value, Tensor):
-                copy_into(own[key], value)
+        for key, value in state["optimizer"].get(name, {}).items():
+            if isinstance(own[key], Tensor):
+                copy_into(own[key], torch.as_tensor(value))
             else:
-                own[key] = value
+                own[key] = int(value)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

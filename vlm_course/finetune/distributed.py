@@ -2,7 +2,7 @@
 
 `torchrun --nproc-per-node 2 -m vlm_course finetune ...` starts one process a GPU. With LoRA or the projector alone each
 holds the whole model and gradients are averaged (DistributedDataParallel); with full tuning weights, gradients and
-optimizer are divided among them (FSDP2, `torch.distributed.fsdp.fully_shard`).
+optimizer are divided among them (FSDP2, `torch.distributed.fsdp.fully_shard`), unless the plan says otherwise.
 """
 
 from __future__ import annotations
@@ -111,21 +111,23 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def share(module: LossModule, mode: str, world: World, *, mixed: bool = False, compiled: bool = False) -> nn.Module:
-    """The module as all processes run it: as it is for one, else divided (mode "full") or repeated (the others).
+def share(module: LossModule, world: World, *, divide: bool, mixed: bool = False, compiled: bool = False) -> nn.Module:
+    """The module as all processes run it: as it is for one, else divided or repeated.
 
     `mixed`: float32 weights that are divided are sent, and multiplied, in bfloat16. `compiled`: divided blocks are
     compiled one by one, each between the hooks that collect its weights.
     """
     if world.size == 1:
         return module
-    if mode != "full":
+    if not divide:
         return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if mixed else None, reduce_dtype=torch.float32)
+    for parameter in module.parameters():  # weights laid out for quick answers may lie by columns
+        parameter.data = parameter.data.contiguous()
     for block in module.model.decoder.blocks:
         if compiled:
             block.forward = torch.compile(block.forward)

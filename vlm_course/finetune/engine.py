@@ -16,7 +16,7 @@ from ..llava import Llava
 from ..training import learning_rate
 from . import checkpoint, distributed, fast, learning, memory
 from .collate import Batch
-from .loader import ahead, shared
+from .loader import Loader, ahead, shared
 from .lora import merge_lora
 from .losses import plain_loss
 from .plan import FinetunePlan, Report
@@ -58,19 +58,20 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         cuda = self.world.device.type == "cuda"
         self.log_every = plan.log_every or (10 if cuda else 1)
-        self.workers = plan.workers if plan.workers is not None else (4 if cuda else 0)
+        reads = cuda and isinstance(batches, Loader)
+        self.workers = plan.workers if plan.workers is not None else (4 if reads else 0)
         self.micro = plan.micro_batch  # rows at once; None until it is known what there is
         stage = learning.place(model, plan, self.world.device)
         data = getattr(batches, "fingerprint", None)
         frozen = checkpoint.frozen_fingerprint(model)
         self.identity = plan.identity() | {"frozen weights": frozen, "data": data}
         mixed = plan.dtype == "autocast"
-        self.divided = self.world.size > 1 and plan.mode == "full"
+        self.divided = self.world.size > 1 and plan.mode == "full" and plan.divide
         if loss is None:
             loss = plain_loss if self.divided else fast.ready(model, plan)
         compiled = plan.compile and cuda
         whole = distributed.LossModule(model, loss)
-        self.module = distributed.share(whole, plan.mode, self.world, mixed=mixed, compiled=compiled)
+        self.module = distributed.share(whole, self.world, divide=self.divided, mixed=mixed, compiled=compiled)
         self.autocast = mixed and not self.divided
         low = plan.dtype == "bfloat16" or (mixed and self.divided)
         self.pixels = torch.bfloat16 if low else torch.float32
@@ -96,13 +97,14 @@ class Trainer:
         """Write the running state; every process must call it."""
         state = {"step": self.step, "identity": self.identity, "micro_batch": self.micro}
         state["random"] = self.world.gather(checkpoint.random_state(self.world.device))
-        state |= checkpoint.capture(self.learning, self.optimizer, keep=self.world.first)
+        done = self.step == self.plan.steps  # then the moments, twice as large as the weights, are of no more use
+        state |= checkpoint.capture(self.learning, None if done else self.optimizer, keep=self.world.first)
         if self.world.first:
             checkpoint.save_state(self.folder, state)
         self.world.wait()
 
     def run(self, *, minutes: float | None = None) -> Report:
-        """Train to the end of the plan, or until `minutes` have passed; the state is saved either way.
+        """Train to the end of the plan, or until `minutes` have passed; either way the state is saved.
 
         Raises:
             OutOfMemory: a step does not fit; one sentence says which micro-batch does.
@@ -137,16 +139,14 @@ class Trainer:
                 if self.step == start + 1:
                     warm = now  # the first step compiles and warms up
                 out_of_time = minutes is not None and self.world.greatest(now - began)[0] > 60 * minutes
-                due = (
-                    now - saved > plan.save_every
-                    if self.world.size == 1
-                    else self._agreed(now - saved > plan.save_every)
-                )
+                due = plan.save_every is not None and now - saved > plan.save_every
+                if self.world.size > 1:
+                    due = bool(self.world.greatest(float(due))[0])  # all processes must decide alike
                 last = self.step == plan.steps or out_of_time
                 if last or due or self.step % self.log_every == 0:
                     value = flush()
                     self._tell(value, start, warm, last)
-                if last or due:
+                if (last or due) and plan.save_every is not None:
                     if lines is not None:
                         lines.sync()
                     self.save()
@@ -176,10 +176,6 @@ class Trainer:
             model = copy.deepcopy(self.model)
             merge_lora(model)
         return model.eval() if self.world.first else None
-
-    def _agreed(self, mine: bool) -> bool:
-        """Whether any process says so: a decision that all must take alike."""
-        return bool(self.world.greatest(float(mine))[0])
 
     def _speed(self, start: int, warm: float) -> float:
         """Conversations a second since the first step of this call."""

@@ -15,7 +15,7 @@ DTYPES = ("float32", "autocast", "bfloat16")
 RATES = {"projector": (1e-3, 1e-3), "lora": (2e-4, 2e-5), "full": (2e-5, 2e-5)}
 
 # May differ when a run goes on: they change how it is computed or how often it is written down, not what it learns.
-_FREE = ("micro_batch", "save_every", "log_every", "compile", "workers")
+_FREE = ("micro_batch", "divide", "save_every", "log_every", "compile", "workers")
 
 
 @counts(steps=1, batch=1, micro_batch=1, lora_rank=1, log_every=1, seed=0, workers=0)
@@ -38,10 +38,12 @@ class FinetunePlan:
             of them, rounded stochastically) in bfloat16. What learns in the first two modes stays in float32, where
             small steps are not lost.
         compile: hand the layers to torch.compile (on a GPU; see `finetune.fast`).
-        save_every, log_every: seconds between two running states; steps between two looks at the loss, by default 1,
-            on a GPU 10, since a look waits for it.
+        divide: mode "full" on several GPUs: weights, gradients and optimizer divided among them (FSDP2), or, with
+            False, a whole model on each (DistributedDataParallel), which is faster where it fits.
+        save_every, log_every: seconds between two running states (None: none at all, for measurements); steps between
+            two looks at the loss, by default 1, on a GPU 10, since a look waits for it.
         seed: of LoRA's first values and of dropout.
-        workers: threads that read images ahead; by default 4 on a GPU and none on a CPU.
+        workers: threads that make batches ahead; by default 4 where images are read for a GPU, else none.
 
     Source: LLaVA-1.5 (Liu et al. 2023, arXiv 2310.03744), table 9 and the released scripts.
     """
@@ -62,7 +64,8 @@ class FinetunePlan:
     betas: tuple[float, float] = (0.9, 0.999)
     dtype: str = "float32"
     compile: bool = False
-    save_every: float = 600.0
+    divide: bool = True
+    save_every: float | None = 600.0
     log_every: int | None = None
     seed: int = 0
     workers: int | None = None
@@ -78,7 +81,8 @@ class FinetunePlan:
                 object.__setattr__(self, name, default)
         require_number(self.lora_alpha, "lora_alpha", above=0)
         require_number(self.lora_dropout, "lora_dropout", 0, 1)
-        require_number(self.save_every, "save_every", low=0)
+        if self.save_every is not None:
+            require_number(self.save_every, "save_every", low=0)
         for number, beta in enumerate(self.betas):
             require_number(beta, f"betas[{number}]", 0, 1)
         self.stage(("bridge.",))  # checks the rest
