@@ -1,14 +1,16 @@
 """What chapter 10 trains: true questions about what is not there, and a job of one kind on every path."""
 
+import pytest
 import torch
 
-from vlm_course.finetune import absent, lesson
+from vlm_course.finetune import absent, lesson, smollm
 from vlm_course.finetune.choose import Choice
 from vlm_course.finetune.data import read_records
 from vlm_course.finetune.exams import grade
-from vlm_course.finetune.published import random_checkpoint
+from vlm_course.finetune.published import random_checkpoint, save_published
 from vlm_course.finetune.stored import stored_run
 from vlm_course.llava import DecoderConfig, LlavaConfig
+from vlm_course.pretrained import load_small
 from vlm_course.vit import ViTConfig
 from vlm_course.worlds.scenes import COLOURS, SHAPES, sample
 
@@ -93,3 +95,21 @@ def test_the_command_keeps_what_it_found(tmp_path, monkeypatch, capsys):
     assert abs(run.numbers["dollars"] - 60 * run.numbers["minutes"]) < 1e-6 and 0 < run.numbers["share_of_peak"] < 1
     assert {"before", "after", "blind", "swapped", "majority"} <= set(run.accuracy[absent.PRESENT])
     assert run.title in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tower", lesson.TOWERS)
+def test_path_2_learns_in_two_stages(tiny_smollm, tmp_path, monkeypatch, tower):
+    """With a stand-in for SmolLM2: the bridge alone, then all but the tower, which stays as it was."""
+    monkeypatch.setattr(smollm, "cached", lambda: tiny_smollm)
+    job = lesson.job(Choice(2, "SmolLM2", "full", "a test"), tmp_path, steps=1, asked=2, tower=tower)
+    assert [plan.mode for plan, _ in job.stages] == ["projector", "full"]
+    vision = {name: value.clone() for name, value in job.model.vision.state_dict().items()}
+    assert torch.equal(vision["class_token"], load_small().model.vision.class_token) == (tower == "trained")
+    reports = job.train(tmp_path / "run", log=lambda text: None)
+    assert [report.steps for report in reports] == [1, 1]
+    assert [step for step, _ in job.losses(tmp_path / "run")] == [1, 2]
+    for name, value in job.model.vision.state_dict().items():
+        assert torch.equal(value, vision[name]), name
+    assert {"caption", "easy-VQA yes/no"} <= set(job.exam.kind)
+    save_published(job.model, tmp_path / "checkpoint", adapter=job.adapter)
+    assert lesson.numbers(job, reports)["steps"] == 2
