@@ -13,6 +13,7 @@ import copy
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def plans(setting: Setting) -> tuple:
 def affordable_steps(setting: Setting, folder: Path, adapter: TokenizerAdapter, began: float) -> tuple[int, float]:
     """How many steps of the second stage fit into the minutes twice, and the samples a second that say so."""
     align, instruct = plans(setting)
-    trial = replace(instruct, steps=12, log_every=4)
+    trial = replace(instruct, steps=24 if setting.device == "cuda" else 3, log_every=8)
     model = fresh(folder, trained_tower=True, seed=setting.seed, device=setting.device)
     with tempfile.TemporaryDirectory() as scratch:
         batches = path_two.data(model, adapter, align, trial, seed=setting.seed, device=setting.device)[1]
@@ -113,8 +114,11 @@ def train(model, adapter, folder: Path, steps: int, setting: Setting) -> Stages:
     )
 
 
-def run(setting: Setting, *, cache: Path | None = None) -> dict:
-    """Everything that the module's docstring says; `cache` is a folder that `smollm.cached` made."""
+def run(setting: Setting, *, cache: Path | None = None, keep_part: Callable[[dict], None] = lambda part: None) -> dict:
+    """Everything that the module's docstring says; `cache` is a folder that `smollm.cached` made.
+
+    keep_part: is given what is known so far after each training, so that a run that is cut off was not for nothing.
+    """
     began = time.monotonic()
     clock = lambda: time.monotonic() - began  # noqa: E731
     cuda = setting.device == "cuda"
@@ -144,6 +148,8 @@ def run(setting: Setting, *, cache: Path | None = None) -> dict:
         saved = check_saved(model, adapter, exam, Path(scratch) / "published")
         print(f"{clock():5.0f} s  saved and loaded by transformers: {saved}", flush=True)
         curves = {"trained": report.losses(*stages["trained"].folders)}
+        reports = {"trained": [asdict(part) for part in stages["trained"].reports]}
+        keep_part({"part": "without the random tower", "tables": tables, "curves": curves, "saved": saved} | reports)
         config = model.config
         del model
         other = fresh(folder, trained_tower=False, seed=setting.seed, device=setting.device)
@@ -211,9 +217,14 @@ def main() -> None:
     cache = smollm.cached(gguf) if gguf else None
     if given["device"] == "cuda":
         torch.set_float32_matmul_precision("high")
-    result = run(Setting(**given), cache=cache)
+        torch._dynamo.config.recompile_limit = 64  # five trainings compile the same functions, each for itself
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    def write(found: dict) -> None:
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    result = run(Setting(**given), cache=cache, keep_part=write)
+    write(result)
     stored = StoredRun(**result["stored"])
     print(stored.title, stored.numbers_table(), stored.accuracy_table(), stored.answers_text(), sep="\n\n")
     if kept:

@@ -24,7 +24,9 @@ def few_images(monkeypatch):
 
 
 def test_one_command_does_it_all(tiny_smollm):
-    found = run(SETTING, cache=tiny_smollm)
+    parts = []
+    found = run(SETTING, cache=tiny_smollm, keep_part=parts.append)
+    assert parts[0]["tables"]["after"] == found["tables"]["after"], "what is known before the control is kept at once"
     assert json.loads(json.dumps(found)) is not None
     assert found["saved"]["largest difference, loaded back"] == 0
     assert found["saved"]["largest difference, transformers"] < 1e-4
