@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,3 +96,24 @@ def test_a_folder_without_weights_is_said_to_have_none(talk_file, tmp_path):
 
 def test_steps_cover_the_epochs():
     assert [command.steps_for(24, 5, epochs) for epochs in (0.1, 1, 1.5, 2)] == [1, 5, 8, 10]
+
+
+def test_a_checkpoint_in_the_published_layout_goes_in_and_comes_out(talk_file, tiny_config, tiny_smollm, tmp_path):
+    from vlm_course.convert.llava import load_llava
+    from vlm_course.finetune.published import save_published
+    from vlm_course.finetune.tokenizers import for_folder, for_smollm
+    from vlm_course.llava import Llava
+
+    adapter = for_smollm(tiny_smollm)
+    text = replace(tiny_config.text, vocab_size=adapter.vocab_size, max_positions=256)
+    model = Llava(replace(tiny_config, text=text, image_id=adapter.image_id))
+    base = save_published(model, tmp_path / "base", adapter=adapter)
+    options = ("--mode", "lora", "--lora-rank", 4, "--lr", 0.01, "--steps", 3, "--batch", 4, "--device", "cpu")
+    for _ in range(2):  # the second call finds the run finished, and the trained model in its place
+        result = call("--data", talk_file, "--model", base, "--out", tmp_path / "run", *options)
+        assert result.exit_code == 0, result.output
+    trained = load_llava(tmp_path / "run" / "model")
+    assert for_folder(tmp_path / "run" / "model").image_id == adapter.image_id
+    before = model.state_dict()
+    moved = {name.split(".")[0] for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"bridge", "decoder"}
