@@ -1,7 +1,7 @@
 """What the last chapter trains on each of its three paths, as one kind of object, so that its cells are the same.
 
 Paths 1 and 3 learn to say that a thing is not there (`absent`), from records in the published format; on path 1 any
-other file of records may be given. Path 2 learns to see in LLaVA's two stages (`recipes`).
+other file of records may be given. Path 2 learns to see in LLaVA's two stages (`path_two`).
 
     python -m vlm_course.finetune.lesson --steps 2000      runs this machine's path and keeps what it found
 """
@@ -19,14 +19,15 @@ from pathlib import Path
 import torch
 
 from ..llava import SMALL, Llava
+from ..measures import Table
 from ..validation import counts, require_one_of
-from . import absent, choose
-from .checkpoint import read_log
+from . import absent, choose, report
 from .choose import Choice
 from .collate import Batch, Collator
 from .data import read_records
 from .engine import Report, Trainer
 from .exams import Exam, easy_vqa_exam, grade, scene_exam, together
+from .flops import measure_floors
 from .loader import Loader
 from .plan import FinetunePlan
 from .stored import FOLDER, StoredRun, keep
@@ -67,12 +68,8 @@ class Job:
         ]
 
     def losses(self, folder: Path | str) -> tuple[tuple[int, float], ...]:
-        """(step, loss) of all stages, counted through."""
-        found, before = [], 0
-        for number, (plan, _) in enumerate(self.stages):
-            found += [(before + line["step"], line["loss"]) for line in read_log(Path(folder) / str(number))]
-            before += plan.steps
-        return tuple(found)
+        """(step, loss) of all stages, counted through; of a long run about 120 points."""
+        return report.losses(*(Path(folder) / str(number) for number in range(len(self.stages))))
 
 
 @counts(steps=1, scenes=2, asked=2)
@@ -145,56 +142,43 @@ def seen_by(exam: Exam, collator: Collator) -> Exam:
 
 
 def _learn_to_see(steps: int, asked: int, tower: str) -> Job:
-    """SmolLM2 behind the trained tower: align with captions, then instruct with all kinds of question."""
+    """SmolLM2 behind the trained tower: align with captions, then instruct with all kinds of question (`path_two`)."""
     from ..pretrained import load_small
-    from .recipes import align_batches, instruct_batches
+    from . import path_two
     from .smollm import smollm_llava
     from .tokenizers import for_smollm
 
     small, adapter = load_small(), for_smollm()
     model = smollm_llava(small)
     if tower == "random":
-        torch.manual_seed(0)
-        model.vision = type(model.vision)(model.config.vision)
-    cuda = torch.cuda.is_available()
-    device, rows = ("cuda", 64) if cuda else ("cpu", 2)
-    how = {"batch": rows, "dtype": "autocast" if cuda else "float32", "compile": cuda}
-    align = FinetunePlan(mode="projector", steps=max(1, steps // 4), **how)
-    instruct = FinetunePlan(mode="full", steps=steps, lr=2e-4, bridge_lr=5e-4, **how)
-    stages = (
-        (align, align_batches(adapter, model.config, rows=rows, device=device)),
-        (instruct, instruct_batches(adapter, model.config, rows=rows, easy_vqa=rows // 4, device=device)),
-    )
+        model.vision = path_two.random_tower(model.vision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plans = replace(path_two.ALIGN, steps=max(1, steps // 6)), replace(path_two.INSTRUCT, steps=steps)
+    if device == "cpu":
+        plans = tuple(replace(path_two.on_cpu(plan), batch=2) for plan in plans)
+    stages = tuple(zip(plans, path_two.data(model, adapter, *plans, device=device), strict=True))
     exam = together(scene_exam(asked, device=device), easy_vqa_exam(limit=4 * asked, device=device))
     return Job(f"SmolLM2-135M behind the course's tower ({tower})", model, adapter, stages, exam)
 
 
-def numbers(job: Job, reports: Sequence[Report], *, dollars_an_hour: float = 0.0) -> dict[str, float]:
-    """What a training cost, under names of `stored.UNITS`; the share of the matrix peak is of the last stage.
+def numbers(job: Job, reports: Sequence[Report], *, dollars_an_hour: float | None = None) -> dict[str, float]:
+    """What the last stage cost, by `report.numbers`; the machine's peak is measured here.
 
-    The peak is measured here, by the largest matrix product that is timed: bfloat16 on a GPU, float32 on a CPU.
+    The peak is that of the largest matrix product that is timed: bfloat16 on a GPU, float32 on a CPU.
     """
-    from .flops import measure_floors, step_flops
-
-    (plan, batches), report = job.stages[-1], reports[-1]
-    device, seconds = next(job.model.parameters()).device, sum(one.seconds for one in reports)
-    cuda = device.type == "cuda"
-    sizes = {} if cuda else {"size": 1024, "elements": 1 << 22, "dtype": torch.float32}
-    floors = measure_floors(device, **sizes)
-    operations = step_flops(job.model.config, plan.mode, 1, batches(0).ids.shape[1])  # of one conversation
-    found = {
-        "steps": sum(plan.steps for plan, _ in job.stages),
-        "batch": plan.batch,
-        "parameters that learn": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-        "minutes": seconds / 60,
-        "samples_per_s": report.samples_per_s,
-        "share_of_peak": floors.share(operations * report.samples_per_s, 1),
-    }
-    found |= {"memory_gb": report.memory / 1e9} if cuda else {}
-    return found | ({"dollars": dollars_an_hour * seconds / 3600} if dollars_an_hour else {})
-
-
-Graded = tuple[dict[str, dict[str, float]], list[str]]  # what `exams.grade` gives
+    (plan, batches), device = job.stages[-1], next(job.model.parameters()).device
+    sizes = {} if device.type == "cuda" else {"size": 1024, "elements": 1 << 22, "dtype": torch.float32}
+    batch = batches(0)
+    tokens = int((batch.ids != job.adapter.pad_id).sum()) / len(batch)
+    return report.numbers(
+        reports[-1],
+        plan,
+        job.model.config,
+        learning=report.learning_parameters(job.model),
+        tokens=tokens,
+        floors=measure_floors(device, **sizes),
+        price_per_hour=dollars_an_hour,
+    )
 
 
 def found(
@@ -202,21 +186,18 @@ def found(
     job: Job,
     cost: dict[str, float],
     losses: Sequence[tuple[int, float]],
-    before: Graded,
-    after: Graded,
+    before: tuple[Table, list[str]],
+    after: tuple[Table, list[str]],
     *,
     notes: Sequence[str] = (),
+    **more: Table,
 ) -> StoredRun:
-    """Everything that a run of the chapter found, to be printed and kept: exams before and after, losses, cost."""
-    table = {
-        kind: {"before": before[0][kind]["model"], "after": row["model"]}
-        | {name: row[name] for name in ("blind", "swapped", "majority", "random tower") if name in row}
-        for kind, row in after[0].items()
-    }
-    answers = tuple(
-        {"question": job.exam.question[n], "truth": job.exam.answer[n], "before": before[1][n], "after": after[1][n]}
-        for n in job.exam.few(2)
-    )
+    """Everything that a run of the chapter found, to be printed and kept. before, after: what `exams.grade` gave.
+
+    more: tables of models trained as controls, as in `report.accuracy`.
+    """
+    table = report.accuracy(before[0], after[0], **more)
+    answers = report.side_by_side(job.exam, before[1], after[1], job.exam.few(2))
     return StoredRun(path, job.name, job.work, cost, tuple(losses), table, answers, tuple(notes))
 
 
@@ -228,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in (("steps", 2), ("scenes", 2000), ("asked", 60)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--random-tower", action="store_true", help="a control of path 2: behind a fresh tower")
-    parser.add_argument("--dollars-an-hour", type=float, default=0.0)
+    parser.add_argument("--dollars-an-hour", type=float, default=None)
     parser.add_argument("--note", action="append", default=[], help="such as: the weights are random")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the run is kept; by default in the package")
     given = parser.parse_args(arguments)
@@ -243,12 +224,12 @@ def main(arguments: list[str] | None = None) -> int:
         cost = numbers(work, reports, dollars_an_hour=given.dollars_an_hour)
         losses = work.losses(Path(name) / "run")
         after = grade(work.model, work.adapter, work.exam)
+        more = {}
         if given.random_tower and choice.path == 2:
             other = job(choice, name, tower="random", **options)
             other.train(Path(name) / "random")
-            for kind, row in grade(other.model, other.adapter, other.exam, controls=False)[0].items():
-                after[0][kind]["random tower"] = row["model"]
-    run = found(choice.path, work, cost, losses, before, after, notes=given.note)
+            more["random_tower"] = grade(other.model, other.adapter, other.exam, controls=False)[0]
+    run = found(choice.path, work, cost, losses, before, after, notes=given.note, **more)
     variant = "lesson" if choice.path == 3 else ""
     print("\n\n".join([run.title, run.numbers_table(), run.accuracy_table(), run.answers_text()]))
     print(keep(run, given.folder, variant=variant).name, "kept")
