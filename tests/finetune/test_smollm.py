@@ -129,6 +129,12 @@ def test_another_process_may_have_been_first(tiny_gguf, tiny_smollm, tmp_path, m
     assert [file.name for file in tmp_path.rglob("*")] == [folder.name, "theirs"]
 
 
+def test_a_full_disk_is_said(tiny_gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm, "gguf_tokenizer", lambda fields: (_ for _ in ()).throw(OSError("No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        smollm.cached(tiny_gguf.file, root=tmp_path, sha256=tiny_gguf.sha256)
+
+
 class TestErrors:
     def test_no_package(self, monkeypatch):
         monkeypatch.setattr(smollm, "PACKAGE", "no_such_package_xyz")
