@@ -22,6 +22,7 @@ RUNS = {
     "lora-parts": (replace(PLAN, micro_batch=2), True),
     "full": (replace(PLAN, mode="full"), False),
     "full-parts": (replace(PLAN, mode="full", micro_batch=1), True),
+    "full-low": (replace(PLAN, mode="full", dtype="bfloat16"), False),
     "full-whole": (replace(PLAN, mode="full", divide=False), False),
 }
 
@@ -93,13 +94,17 @@ def two(tmp_path_factory, loader, tiny_config, talk_file):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_have_the_curve_of_one(two, tiny, loader, tmp_path, name):
     plan, pack = RUNS[name]
+    low = plan.dtype == "bfloat16"  # divided: float32 weights, which are multiplied in bfloat16
+    plan = replace(plan, dtype="float32")
     state = one(tiny(), tmp_path, loader(7, pack=pack), plan)
-    assert losses(two / name) == pytest.approx(losses(tmp_path), rel=2e-5)
+    assert losses(two / name) == pytest.approx(losses(tmp_path), rel=2e-2 if low else 2e-5)
     assert [line["tokens"] for line in read_log(two / name)] == [line["tokens"] for line in read_log(tmp_path)]
     there = torch.load(two / name / "whole.pt", weights_only=True)
     assert there.keys() == state.keys() == tiny().state_dict().keys()
     for key, value in state.items():
-        torch.testing.assert_close(there[key], value, rtol=1e-3, atol=2e-5, msg=key)
+        assert there[key].dtype == torch.float32
+        if not low:  # five steps of Adam follow the signs of gradients, however small these are
+            torch.testing.assert_close(there[key], value, rtol=1e-3, atol=2e-5, msg=key)
     kinds = {json.loads((two / name / f"rank{rank}.json").read_text())[0] for rank in range(2)}
     assert kinds == {"DTensor" if plan.mode == "full" and plan.divide else "Parameter"}
 

@@ -103,10 +103,10 @@ def finetune(
     try:
         records = read_records(data, images=images, skip_bad=skip_bad, check="decode" if check_images else "exists")
         cuda = world.device.type == "cuda"
-        low = "autocast" if world.size > 1 and plan.get("mode") == "full" else "bfloat16"  # divided weights have room
-        plan = {"dtype": low if cuda else "float32", "compile": cuda, "batch": 128} | plan
+        plan = {"dtype": "bfloat16" if cuda else "float32", "compile": cuda, "batch": 128} | plan
         loaded = load_model(model, dtype=torch.bfloat16 if plan["dtype"] == "bfloat16" else torch.float32)
-        collator = Collator(loaded.tokenizer, loaded.model.config, max_tokens=max_tokens, pack=pack)
+        pad_to = 64 if cuda else 1  # few lengths, since a compiled model is made anew for some of them
+        collator = Collator(loaded.tokenizer, loaded.model.config, max_tokens=max_tokens, pack=pack, pad_to=pad_to)
         records: Records = fitting(records, collator, skip_bad=skip_bad)
         say(str(records))
         plan.setdefault("steps", steps_for(len(records), plan["batch"], epochs))

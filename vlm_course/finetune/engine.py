@@ -61,24 +61,24 @@ class Trainer:
         reads = cuda and isinstance(batches, Loader)
         self.workers = plan.workers if plan.workers is not None else (4 if reads else 0)
         self.micro = plan.micro_batch  # rows at once; None until it is known what there is
-        stage = learning.place(model, plan, self.world.device)
+        self.divided = self.world.size > 1 and plan.mode == "full" and plan.divide
+        stage = learning.place(model, plan, self.world.device, divided=self.divided)
         data = getattr(batches, "fingerprint", None)
         frozen = checkpoint.frozen_fingerprint(model)
         self.identity = plan.identity() | {"frozen weights": frozen, "data": data}
-        mixed = plan.dtype == "autocast"
-        self.divided = self.world.size > 1 and plan.mode == "full" and plan.divide
+        mixed = self.divided and plan.dtype != "float32"
         if loss is None:
             loss = plain_loss if self.divided else fast.ready(model, plan)
         compiled = plan.compile and cuda
         whole = distributed.LossModule(model, loss)
         self.module = distributed.share(whole, self.world, divide=self.divided, mixed=mixed, compiled=compiled)
-        self.autocast = mixed and not self.divided
-        low = plan.dtype == "bfloat16" or (mixed and self.divided)
+        self.autocast = plan.dtype == "autocast" and not self.divided
+        low = plan.dtype == "bfloat16" or mixed
         self.pixels = torch.bfloat16 if low else torch.float32
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = learning.optimizer(model, plan, stage, divided=self.divided)
         self.step = self._resume()
-        self.inside = learning.may_step_inside_backward(self.optimizer, plan)
+        self.inside = learning.may_step_inside_backward(self.optimizer, plan, processes=self.world.size)
 
     def _resume(self) -> int:
         torch.manual_seed(self.plan.seed + self.world.rank)

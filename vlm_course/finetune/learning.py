@@ -14,9 +14,12 @@ from .lora import add_lora, has_lora, lora_state
 from .plan import FinetunePlan
 
 
-def place(model: Llava, plan: FinetunePlan, device: torch.device) -> Stage:
-    """Move the model to its device and precision, add LoRA if the plan says so and freeze what does not learn."""
-    low = plan.dtype == "bfloat16"
+def place(model: Llava, plan: FinetunePlan, device: torch.device, *, divided: bool) -> Stage:
+    """Move the model to its device and precision, add LoRA if the plan says so and freeze what does not learn.
+
+    Weights that will be divided among processes stay in float32: there is room, and no small step is rounded away.
+    """
+    low = plan.dtype == "bfloat16" and not divided
     model.to(device, torch.bfloat16 if low else torch.float32)
     trains: tuple[str, ...] = ("bridge.", "decoder.") if plan.mode == "full" else ("bridge.",)
     if plan.mode == "lora":
@@ -41,13 +44,14 @@ def optimizer(model: Llava, plan: FinetunePlan, stage: Stage, *, divided: bool) 
     return torch.optim.AdamW(groups, betas=plan.betas, fused=True)
 
 
-def may_step_inside_backward(optimizer: torch.optim.Optimizer, plan: FinetunePlan) -> bool:
+def may_step_inside_backward(optimizer: torch.optim.Optimizer, plan: FinetunePlan, *, processes: int) -> bool:
     """Whether each parameter's step can be taken as soon as its gradient is there.
 
-    Clipping forbids it, since it needs the norm of all gradients, and so do parts that add up to a batch.
+    Clipping forbids it, since it needs the norm of all gradients, and so do parts that add up to a batch, be they
+    computed one after the other or by several processes.
     """
     whole = plan.micro_batch is not None and plan.micro_batch >= plan.batch
-    return isinstance(optimizer, RoundingAdamW) and plan.clip is None and whole
+    return isinstance(optimizer, RoundingAdamW) and plan.clip is None and whole and processes == 1
 
 
 @contextmanager

@@ -35,8 +35,8 @@ class FinetunePlan:
         clip: greatest norm of all gradients; None leaves them as they are. Mode "full" in bfloat16 then takes each step
             inside the backward pass, so that gradients need no memory of their own, if `micro_batch` is the batch.
         dtype: "float32"; "autocast": float32 weights, bfloat16 products; "bfloat16": frozen weights (with "full" all
-            of them, rounded stochastically) in bfloat16. What learns in the first two modes stays in float32, where
-            small steps are not lost.
+            of them, rounded stochastically) in bfloat16. What learns in the first two modes, and what is divided among
+            GPUs, stays in float32, where small steps are not lost, and is multiplied in bfloat16.
         compile: hand the layers to torch.compile (on a GPU; see `finetune.fast`).
         divide: mode "full" on several GPUs: weights, gradients and optimizer divided among them (FSDP2), or, with
             False, a whole model on each (DistributedDataParallel), which is faster where it fits.
