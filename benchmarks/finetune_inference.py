@@ -96,9 +96,9 @@ def _cublas(model: Llava, floors: Floors) -> dict:
 def _decode_ours(run, floors: Floors, ids, pixels) -> None:
     model = build(LLAVA_7B).eval()
     run.try_("ours", lambda: _measured(model, ids, pixels, floors), always=True)
-    run.try_("ours, untuned", lambda: _measured(model, ids, pixels, floors, tune=False))
-    run.try_("ours, no early start", lambda: _measured(model, ids, pixels, floors, pdl=False, tune=False))
+    run.try_("ours, no early start", lambda: _measured(model, ids, pixels, floors, pdl=False))
     run.try_("products by cuBLAS", lambda: _cublas(model, floors))
+    run.try_("ours, tuned here", lambda: _measured(model, ids, pixels, floors, tune=True))
 
 
 def decode(run, floors: Floors) -> None:
@@ -143,7 +143,7 @@ def _prefill_ours(run, floors: Floors, ids, pixels) -> None:
     model = build(LLAVA_7B).eval()
 
     def timed(**options) -> dict:
-        fast = FastGenerator(model, capacity=1024, tune=False, **options)
+        fast = FastGenerator(model, capacity=1024, **options)
         seconds = median_seconds(lambda: fast.prefill(ids[0], pixels, None))
         return {
             "prefill_ms": 1e3 * seconds, "of_floor": seconds / floors.prefill_seconds(LLAVA_7B.text, ids.shape[1]),

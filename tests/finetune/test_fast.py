@@ -1,5 +1,6 @@
 """Every trick beside the plain computation: the loss, every gradient, and fifty steps."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from vlm_course.attention import block_mask, causal_mask, queries_mask
 from vlm_course.decoder import DecoderConfig
 from vlm_course.finetune import fast
 from vlm_course.finetune.fast import NotFast, Options, chosen, prepare
-from vlm_course.finetune.fast_blocks import Map
+from vlm_course.finetune.fast_blocks import Map, attend
 from vlm_course.finetune.fast_loss import linear_cross_entropy
 from vlm_course.finetune.fast_memory import SPARE, blocks_again, kept_per_token
 from vlm_course.finetune.fast_optimizer import RoundingAdamW
@@ -257,6 +258,30 @@ def test_queries_mask_holds_rows_of_the_other_masks():
     whole = block_mask(documents)[:, 0]
     rows = torch.stack([whole[b, queries[b]] for b in range(2)])
     assert torch.equal(queries_mask(queries, 6, documents=documents)[:, 0], rows)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_by_lengths_is_attention_by_mask(kv_heads):
+    """The flat layout that variable-length attention takes, with a loop over documents in the kernel's place."""
+    one = packed()
+    _, _, lengths = chosen(one.labels, one.documents)
+    q = torch.randn(2, 4, 24, 8)
+    k, v = (torch.randn(2, kv_heads, 24, 8) for _ in range(2))
+
+    def by_document(q, k, v, lengths, longest):
+        assert q.shape == k.shape == v.shape == (48, 4, 8) and longest == 24
+        read = torch.empty_like(q)
+        for start, end in itertools.pairwise(lengths.tolist()):
+            if end > start:
+                part = [t[None, start:end].transpose(1, 2) for t in (q, k, v)]
+                alone = torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True)
+                read[start:end] = alone[0].transpose(0, 1)
+        return read
+
+    by_length = attend(q, k, v, None, lengths, by_document)
+    by_mask = attend(q, k, v, block_mask(one.documents), None, None)
+    real = one.documents >= 0
+    torch.testing.assert_close(by_length[real], by_mask[real], atol=1e-5, rtol=1e-5)
 
 
 def test_the_model_keeps_its_names_and_its_forward():

@@ -114,8 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lengths: Tensor
     if lengths is not None:
         T = q.shape[2]
         if grouped > 1:
-            k, v = (t.repeat_interleave(grouped, dim=1) for t in (k, v))
-        flat = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # 3 x [B * T, H, d]
+            k, v = k.repeat_interleave(grouped, dim=1), v.repeat_interleave(grouped, dim=1)
+        flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # 3 x [B * T, H, d]
         return packed(*flat, lengths, T).unflatten(0, (-1, T)).flatten(2)
     read = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=grouped > 1

@@ -22,7 +22,7 @@ LOOK_EVERY = 16  # tokens between two looks for the end of the answer: each look
 _PLAIN = {Decoder, DecoderBlock, SelfAttention, SwiGLU, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding}
 
 
-def _check_model(self, model, *, capacity=1024, tune=True, graphs=None, pdl=None) -> None:
+def _check_model(self, model, *, capacity=1024, tune=False, graphs=None, pdl=None) -> None:
     if type(model) is not Llava:
         raise ValueError(f"model is a {type(model).__name__}, expected a Llava")
     other = sorted({type(part).__name__ for part in model.decoder.modules() if type(part) not in _PLAIN})
@@ -73,8 +73,8 @@ def milliseconds(run: Callable[[], object], *, repeats: int = 3, graph: bool = T
 class FastGenerator:
     """Answers prompts of one image or more with a `Llava`, greedily.
 
-    capacity: tokens of prompt and answer together. tune: time a few block sizes of each kernel (CUDA). graphs: record
-    CUDA graphs; by default on CUDA. pdl: programmatic dependent launch; by default where it works.
+    capacity: tokens of prompt and answer together. tune: time a few block sizes of each kernel (CUDA; 15 s). graphs:
+    record CUDA graphs; by default on CUDA. pdl: programmatic dependent launch; by default where it works.
     The weights of query, key and value, and of gate and up, are laid side by side in place; the model stays usable.
     A model whose weights are replaced (not overwritten) afterwards needs a new FastGenerator.
     """
@@ -86,7 +86,7 @@ class FastGenerator:
         model: Llava,
         *,
         capacity: int = 1024,
-        tune: bool = True,
+        tune: bool = False,
         graphs: bool | None = None,
         pdl: bool | None = None,
     ):

@@ -184,6 +184,6 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
         run()
     return graph
