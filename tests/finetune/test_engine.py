@@ -190,6 +190,16 @@ def test_batches_that_do_not_fit_the_plan_are_refused(tiny, loader, tmp_path):
         train(tiny(), tmp_path, mute)
 
 
+def test_a_model_that_has_lora_goes_on_with_the_same_or_is_merged_first(tiny, loader, tmp_path):
+    model, plan = tiny(), replace(PLAN, mode="lora", lora_rank=4)
+    Trainer(model, plan, loader(6), tmp_path)
+    Trainer(model, plan, loader(6), tmp_path)
+    with pytest.raises(ValueError, match="LoRA of rank 4, but the plan asks for LoRA of rank 8: merge_lora first"):
+        Trainer(model, replace(plan, lora_rank=8), loader(6), tmp_path)
+    with pytest.raises(ValueError, match="LoRA of rank 4, but the plan asks for mode 'full': merge_lora first"):
+        Trainer(model, replace(plan, mode="full"), loader(6), tmp_path)
+
+
 # --- what is said and written -----------------------------------------------------------------------------------------
 
 

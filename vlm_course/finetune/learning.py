@@ -10,7 +10,7 @@ import torch
 from ..llava import Llava
 from ..training import Stage, freeze_all_but, parameter_groups
 from .fast_optimizer import RoundingAdamW
-from .lora import add_lora, has_lora, lora_state
+from .lora import add_lora, lora_layers, lora_state
 from .plan import FinetunePlan
 
 
@@ -22,8 +22,12 @@ def place(model: Llava, plan: FinetunePlan, device: torch.device, *, divided: bo
     low = plan.dtype == "bfloat16" and not divided
     model.to(device, torch.bfloat16 if low else torch.float32)
     trains: tuple[str, ...] = ("bridge.", "decoder.") if plan.mode == "full" else ("bridge.",)
+    ranks = {layer.lora_a.shape[0] for _, layer in lora_layers(model)}
+    if ranks - ({plan.lora_rank} if plan.mode == "lora" else set()):
+        asked = f"LoRA of rank {plan.lora_rank}" if plan.mode == "lora" else f"mode {plan.mode!r}"
+        raise ValueError(f"the model has LoRA of rank {max(ranks)}, but the plan asks for {asked}: merge_lora first")
     if plan.mode == "lora":
-        if not has_lora(model):
+        if not ranks:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(plan.seed)
                 add_lora(model, rank=plan.lora_rank, alpha=plan.lora_alpha, dropout=plan.lora_dropout)
