@@ -138,7 +138,8 @@ def test_the_package_imports_only_what_it_declares():
     missing = {
         f"{file.name}: {name}" for file in files for name in top_level_imports(file.read_text()) if name not in declared
     }
-    assert not missing
+    # Triton comes with the torch of a machine that can have a GPU, and these files are imported on one only.
+    assert missing == {f"{name}.py: triton" for name in ("decode_kernels", "optimizer_kernel", "prefill_kernels")}
 
 
 def test_readme_commands_are_make_targets_and_ci_runs_the_second():
@@ -165,11 +166,12 @@ def test_readme_files_exist():
 
 
 def test_readme_chapters_are_the_chapters():
+    from vlm_course.finetune.stored import missing
     from vlm_course.studies.results import load_results
 
-    states = "finished|studies rehearsed|planned"
+    states = "finished|studies rehearsed|GPU runs missing|planned"
     rows = re.findall(rf"^\| (\d+) \| ([^|]+) \| (\d*) ?\| ({states}) \|$", README, flags=re.MULTILINE)
-    assert [int(row[0]) for row in rows] == list(range(10))
+    assert [int(row[0]) for row in rows] == list(range(11))
     sources = {int(file.name[:2]): file.read_text() for file in sorted((ROOT / "solutions").glob("[0-9][0-9]_*.py"))}
     assert {int(row[0]) for row in rows if row[3] != "planned"} == set(sources)
     for number, title, minutes, state in rows:
@@ -178,6 +180,8 @@ def test_readme_chapters_are_the_chapters():
             studies = re.findall(r'load_results\("([\w-]+)"\)', text)
             rehearsed = any(load_results(name).rehearsal for name in studies)
             assert rehearsed == (state == "studies rehearsed"), f"chapter {number}: {studies}"
+            waits = "stored_run(" in text and bool(missing())
+            assert waits == (state == "GPU runs missing"), f"chapter {number}: stored runs missing are {missing()}"
             assert re.search(rf"^# # (Chapter )?{number}[.:] {re.escape(title)}$", text, flags=re.MULTILINE)
             assert re.search(rf"[Aa]bout {minutes} minutes", text), f"chapter {number} names another time than README"
         else:
