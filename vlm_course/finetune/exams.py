@@ -72,20 +72,19 @@ def scene_exam(
     """
     words = WordTokenizer.small()
     generator = torch.Generator(device).manual_seed(seed)
-    world, scenes = (
-        Dialogs(words, device=device),
-        sample(n, generator=generator, device=device, split=split),
-    )
+    world = Dialogs(words, device=device)
+    scenes = sample(n, generator=generator, device=device, split=split)
     pixels = render(scenes, generator=generator)
     image, kind, question, answer, boxes = [], [], [], [], []
     for name in kinds:
         turns = world.ask(scenes, name, generator=generator)
         box = scenes.box[torch.arange(n, device=scenes.device), turns.target]
+        asked, right = turns.question.tolist(), turns.answer.tolist()  # once: reading word by word waits for the device
         for row in turns.valid.nonzero()[:, 0].tolist():
             image.append(row)
             kind.append(name)
-            question.append(words.decode(turns.question[row]))
-            answer.append(words.decode(turns.answer[row]))
+            question.append(words.decode(asked[row]))
+            answer.append(words.decode(right[row]))
             boxes.append(box[row] if name in LOCATED else torch.full_like(box[row], torch.nan))
     return Exam(pixels, tuple(image), tuple(kind), tuple(question), tuple(answer), torch.stack(boxes))
 
