@@ -58,7 +58,7 @@ def test_path_1_runs_from_a_folder_in_the_published_layout(tmp_path):
     assert job.exam.pixels.shape[-2:] == (28, 28)
     (report,) = job.train(tmp_path / "run", log=lambda text: None)
     assert report.done and [step for step, _ in job.losses(tmp_path / "run")] == [1, 2]
-    assert "LoRA of rank 32, 2 steps of 16" in job.work
+    assert "LoRA of rank 32 and the bridge, 2 steps of 16" in job.work
     table, answers = grade(job.model, job.adapter, job.exam)
     assert len(answers) == len(job.exam) and {"model", "blind", "swapped"} <= set(table["all"])
 

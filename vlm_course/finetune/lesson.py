@@ -56,7 +56,7 @@ class Job:
     @property
     def work(self) -> str:
         """The stages in one line."""
-        how = {"lora": "LoRA of rank {}", "projector": "the bridge", "full": "language model and bridge"}
+        how = {"lora": "LoRA of rank {} and the bridge", "projector": "the bridge", "full": "language model and bridge"}
         parts = [f"{how[p.mode].format(p.lora_rank)}, {p.steps} steps of {p.batch}" for p, _ in self.stages]
         return ", then ".join(parts)
 
