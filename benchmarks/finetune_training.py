@@ -27,6 +27,10 @@ from vlm_course.packed import pack
 from vlm_course.training import freeze_all_but
 from vlm_course.vit import ViTConfig
 
+RANK = 128
+ROW, ROWS = 2560, 3  # tokens of a packed row, and rows of a step
+STEPS = 50  # of the row `curve`
+
 # SigLIP-B/16-224's tower, with a class token more, and SmolLM2-135M: 196 patches become 49 tokens (pixel shuffle).
 SMALL_222M = LlavaConfig(
     vision=ViTConfig(
@@ -58,9 +62,9 @@ def one_batch(config: LlavaConfig, rows: int, words: int, *, seed: int = 0, devi
     return Batch(ids.to(device), labels.to(device), pixels.to(device))
 
 
-def learner(config: LlavaConfig, mode: str, *, rank: int = 128, dtype=torch.bfloat16, bridge=None) -> Llava:
+def learner(config: LlavaConfig, mode: str, *, rank: int | None = None, dtype=torch.bfloat16, bridge=None) -> Llava:
     """A model of which `mode` learns; what learns beside frozen weights is float32."""
-    model = build(config, dtype=dtype, bridge=bridge)
+    model, rank = build(config, dtype=dtype, bridge=bridge), rank or RANK
     names = add_lora(model, rank=rank, alpha=2.0 * rank) if mode == "lora" else []
     trains = {"projector": ("bridge.",), "lora": ("bridge.", *names), "full": ("bridge.", "decoder."), "all": ("",)}
     freeze_all_but(model, trains[mode])
@@ -101,7 +105,7 @@ def _attention(which: str | None):
 
 def measured(
     config: LlavaConfig, mode: str, rows: int, words: int, floors: Floors, *, attention: str | None = None, bridge=None,
-    rank: int = 128, dtype=torch.bfloat16, profile: bool = False, **options,
+    rank: int | None = None, dtype=torch.bfloat16, profile: bool = False, **options,
 ) -> dict:  # fmt: skip
     """Samples/s, share of the matrix peak and memory of our step; the loss beside the plain one's before any step."""
     model = learner(config, mode, rank=rank, dtype=dtype, bridge=bridge)
@@ -239,7 +243,9 @@ def conversation_lengths(count: int, seed: int = 0) -> list[int]:
 def _documents(config: LlavaConfig, lengths: list[int]) -> list[tuple[list[int], list[int]]]:
     draw, found = random.Random(1), []
     for words in lengths:
-        ids = [config.image_id] * config.visual_tokens + [draw.randrange(3, 30000) for _ in range(words)]
+        ids = [config.image_id] * config.visual_tokens + [
+            draw.randrange(3, config.text.vocab_size - 100) for _ in range(words)
+        ]
         found.append((ids, [-100] * (config.visual_tokens + words // 2) + ids[config.visual_tokens + words // 2 :]))
     return found
 
@@ -273,7 +279,7 @@ def _packed(config: LlavaConfig, documents: list, length: int, rows: int) -> lis
 
 
 def _epoch(model: Llava, batches: list[Batch], samples: int, **options) -> dict:
-    fast.prepare(model, options=Options(dtype=torch.bfloat16, compiled=True, **options))
+    fast.prepare(model, options=Options(dtype=torch.bfloat16, compiled=DEVICE == "cuda", **options))
     optimizer = optimizer_for(model, "lora")
     steps = [_step(model, batch, optimizer, fast.loss) for batch in batches]
     start = time.perf_counter()
@@ -288,7 +294,7 @@ def _epoch(model: Llava, batches: list[Batch], samples: int, **options) -> dict:
 
 def _packed_ours(run, documents: list, grouped: list[Batch]) -> None:
     model, count = learner(LLAVA_7B, "lora"), len(documents)
-    run.try_("ours, packed", lambda: _epoch(model, _packed(LLAVA_7B, documents, 2560, 3), count), always=True)
+    run.try_("ours, packed", lambda: _epoch(model, _packed(LLAVA_7B, documents, ROW, ROWS), count), always=True)
     run.try_("ours, grouped and padded", lambda: _epoch(model, grouped, count, settings={"dynamic": True}))
 
 
@@ -325,15 +331,15 @@ def curve(run, floors: Floors) -> None:
     """Fifty steps of a model of 0.1 billion weights, plain and quick, same data and start: both losses."""
 
     def losses(mode: str, quick: bool) -> list[float]:
-        model = learner(CURVE, mode, rank=32)
+        model = learner(CURVE, mode, rank=min(RANK, 32))
         if quick:
-            fast.prepare(model, options=Options(dtype=torch.bfloat16, compiled=True))
+            fast.prepare(model, options=Options(dtype=torch.bfloat16, compiled=DEVICE == "cuda"))
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = RoundingAdamW(learning, lr=3e-4) if mode == "full" else torch.optim.AdamW(learning, lr=3e-4)
         if quick and mode == "full":
             optimizer.in_backward()
         found = []
-        for number in range(50):
+        for number in range(STEPS):
             batch = one_batch(CURVE, 8, 64, seed=number % 5)
             found.append(_step(model, batch, optimizer, fast.loss if quick else plain_loss)())
         return torch.stack(found).tolist()

@@ -1,9 +1,13 @@
 """The rows of `benchmarks.finetune` on tiny models and a CPU: what they report is there, what cannot run is said."""
 
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
 
 from benchmarks import finetune, finetune_inference, finetune_training
+from vlm_course.bridges import ShuffleProjection
 from vlm_course.decoder import DecoderConfig
 from vlm_course.finetune.flops import Floors
 from vlm_course.llava import LlavaConfig
@@ -25,6 +29,31 @@ def test_training_row(mode):
     assert found["samples_per_s"] > 0 and 0 < found["of_peak"] and found["tokens"] == 16
     assert found["loss"] == pytest.approx(found["plain_loss"], rel=2e-2)
     assert found["first_loss"] == pytest.approx(found["plain_loss"], rel=0.2)
+
+
+def test_the_row_of_the_222m_class():
+    text = dataclasses.replace(TINY.text, tie_embeddings=True)
+    vision = dataclasses.replace(TINY.vision, activation="gelu", pre_norm=False)
+    config = dataclasses.replace(TINY, vision=vision, text=text, feature_layer=-1, visual_tokens=1)
+    bridge = partial(ShuffleProjection, 16, 32, factor=2)
+    found = finetune_training.measured(config, "all", 3, 12, FLOORS, bridge=bridge, dtype=torch.float32, compiled=False)
+    assert found["samples_per_s"] > 0 and found["tokens"] == 13 and found["first_loss"] < 20
+
+
+def test_mixed_lengths_and_curve_rows(monkeypatch):
+    for name in ("LLAVA_7B", "CURVE"):
+        monkeypatch.setattr(finetune_training, name, TINY)
+    for name, value in {"RANK": 4, "ROW": 256, "ROWS": 2, "STEPS": 5}.items():
+        monkeypatch.setattr(finetune_training, name, value)
+    documents = finetune_training._documents(TINY, [40, 30, 90, 55, 31, 200])
+    run = finetune.Run("packed", (), 1e9)
+    finetune_training._packed_ours(run, documents, finetune_training._grouped(TINY, documents, 2))
+    assert run.results["ours, packed"]["samples_per_s"] > 0, run.results
+    assert run.results["ours, grouped and padded"]["tokens"] >= 6 * 4 + sum([40, 30, 90, 55, 31, 200])
+    run = finetune.Run("curve", (), 1e9)
+    finetune_training.curve(run, FLOORS)
+    for mode in ("projector", "lora", "full"):
+        assert run.results[mode]["most_apart"] < 0.1, run.results[mode]
 
 
 def test_decode_row():
