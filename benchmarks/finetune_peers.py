@@ -67,11 +67,6 @@ def infer(config: LlavaConfig, ids, pixels, settings: str, median: Callable) -> 
     return {"decode_ms": 1e3 * (long - short) / 80, "prefill_ms": 1e3 * prefill, "warm_up_s": warm_up}
 
 
-def training_step(config: LlavaConfig, mode: str, ids, pixels, labels, *, checkpointing: bool, compiled: bool):
-    """A function that takes one optimizer step of `mode`: projector, lora (rank 128) or full."""
-    return trainer(config, mode, checkpointing=checkpointing, compiled=compiled)[0](ids, pixels, labels)
-
-
 def trainer(config: LlavaConfig, mode: str, *, checkpointing: bool, compiled: bool, dynamic: bool | None = None):
     """(ids, pixels, labels, attention_mask=None) -> a function that takes one step; and the model."""
     model = their_model(config).train()
