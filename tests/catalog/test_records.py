@@ -180,4 +180,9 @@ def test_every_field_is_used_and_headed():
 
 def test_a_model_prints_its_facts_and_sources():
     text = str(find("fuyu"))
-    assert text.startswith("Fuyu-8B") and "9,408,238,592 [computed here]" in text and "written down" in text
+    assert text.startswith("Fuyu-8B") and "9,408,238,592 [computed here]" in text and "checked 2026-11-23" in text
+
+
+def test_what_comes_from_memory_is_not_called_checked():
+    recalled = next(f for model in all_models() for f in model.facts.values() if f.source.evidence == "from memory")
+    assert recalled.source.strength == "from memory, written down 2026-11-23"
