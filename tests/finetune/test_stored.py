@@ -1,6 +1,7 @@
 """Stored runs: what is kept comes back, what cannot be is refused, and what is missing is said."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,13 @@ def test_a_file_of_another_kind_is_refused(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
         keep_speed(tmp_path / "x.json", tmp_path)
     assert not (tmp_path / "speed.json").exists()
+
+
+def test_every_trick_is_a_variant_of_the_benchmark():
+    """Where the repository is there: a variant that was renamed would silently never be measured."""
+    source = Path(__file__).parents[2] / "benchmarks" / "finetune_training.py"
+    text = source.read_text(encoding="utf-8")
+    for row, *variants in TRICKS.values():
+        body = text[text.index(f"\ndef {row}(") :]
+        body = text[text.index("\ndef _packed_ours(") :] if row == "packed" else body[: body.index("\n\n\n")]
+        assert all(f'"{variant}"' in body for variant in variants), (row, variants)

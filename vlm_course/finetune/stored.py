@@ -174,10 +174,11 @@ def not_yet(path: int) -> str:
 # What a trick is measured by: a row of benchmarks.finetune, and the variants with and without it.
 TRICKS = {
     "layers compiled": ("small", "ours", "ours, not compiled"),
-    "head and last block only where an answer is learned, 7B": ("projector", "ours", "ours, every position"),
+    "head and last block only where an answer is learned, 7B": ("projector", "ours, 8 rows", "ours, every position"),
     "the same, 222M": ("small", "ours", "ours, every position"),
+    "the tower recorded as one CUDA graph": ("projector", "ours, 8 rows", "ours, tower not recorded"),
     "conversations packed into rows": ("packed", "ours, packed", "ours, grouped and padded"),
-    "cuDNN's attention in place of torch's choice": ("full", "ours, cuDNN attention", "ours"),
+    "the engine's choice of attention in place of flash attention": ("full", "ours", "ours, flash attention"),
     "8 blocks computed again, for their memory": ("full", "ours, 8 blocks again", "ours"),
 }
 
