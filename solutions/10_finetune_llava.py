@@ -521,6 +521,15 @@ for path in (1, 2):
     print("\n".join([run.title, run.numbers_table(), run.accuracy_table(), *run.notes]) if run else stored.not_yet(path), "\n")
 
 # %% [markdown]
+# ### How fast the engine is
+#
+# Training and answering at real sizes, with random weights, which cost the same time. The matrix peak and the speed of memory are measured in the same run; a *floor* is the time in which memory can read the weights once:
+
+# %%
+for line in stored.row_lines():
+    print(line)
+
+# %% [markdown]
 # ### What each trick buys
 #
 # The engine computes the plain loss by quicker ways; its tests hold both to the same value and the same gradients. Each trick is measured against the same run without it, on a GPU:

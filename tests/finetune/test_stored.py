@@ -8,6 +8,7 @@ import pytest
 from vlm_course.finetune.stored import (
     FOLDER,
     PATHS,
+    ROWS,
     TRICKS,
     StoredRun,
     keep,
@@ -15,6 +16,7 @@ from vlm_course.finetune.stored import (
     machine,
     missing,
     not_yet,
+    row_lines,
     speed_lines,
     stored_run,
 )
@@ -115,6 +117,20 @@ def test_speed_is_kept_without_profiles_and_what_is_missing_is_said(tmp_path):
     lines = speed_lines(tmp_path)
     assert lines[0] == "layers compiled: 1.50 times (300 against 200 samples/s; a GPU, 2026-01-02)"
     assert sum(line.endswith("not run yet") for line in lines) == len(TRICKS) - 1
+    assert "OutOfMemoryError" not in file.read_text()
+
+
+def test_the_best_variant_of_a_row_is_said_with_its_machine(tmp_path):
+    machine_ = {"gpu": "a GPU", "torch": "2.11.0+cu130", "date": "2026-01-02"}
+    decode = {"slow": {"decode_ms": 9.0, "of_floor": 2.0}, "fast": {"decode_ms": 5.04, "of_floor": 1.128}, "parts": {}}
+    lora = {"8 rows": {"samples_per_s": 22.0, "of_peak": 0.63}, "16 rows": {"samples_per_s": 23.6, "of_peak": 0.66}}
+    rows = {"decode": {"machine": machine_, "variants": decode}, "lora": {"machine": machine_, "variants": lora}}
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    keep_speed(tmp_path / "all.json", tmp_path)
+    lines = {line.partition(",")[0]: line for line in row_lines(tmp_path)}
+    assert lines["decode"].endswith(": 5.04 ms, 1.13 times the floor of memory (a GPU, torch 2.11.0, 2026-01-02)")
+    assert "23.6 samples/s, 0.66 of the matrix peak" in lines["lora"]
+    assert sorted(lines) == sorted(ROWS) and lines["full"].endswith("not run yet")
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ TRICKS = {
 
 
 def keep_speed(source: Path | str, folder: Path | str = FOLDER) -> Path:
-    """Keep what `benchmarks.finetune` measured, without its profiles; returns the file.
+    """Keep what `benchmarks.finetune` measured, without its profiles and without what failed; returns the file.
 
     Raises:
         ValueError: the file is none of that program's, or no row of it was measured on a GPU.
@@ -195,7 +195,9 @@ def keep_speed(source: Path | str, folder: Path | str = FOLDER) -> Path:
             name: {
                 "machine": row["machine"],
                 "variants": {
-                    key: {k: v for k, v in found.items() if k != "profile"} for key, found in row["variants"].items()
+                    key: {k: v for k, v in found.items() if k != "profile"}
+                    for key, found in row["variants"].items()
+                    if not {"failed", "skipped"} & set(found)
                 },
             }
             for name, row in table.items()
@@ -218,11 +220,40 @@ def keep_speed(source: Path | str, folder: Path | str = FOLDER) -> Path:
     return file
 
 
+def _speed_table(folder: Path | str) -> dict:
+    file = Path(folder) / "speed.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+# What a row of benchmarks.finetune is judged by: its name in words, the measure that ranks its variants (the least is
+# best, or the most), its unit, and the measure that says how far it is from what the machine could do.
+ROWS = {
+    "decode": ("a token of a 7B model, batch 1", "decode_ms", min, "ms", "of_floor", "times the floor of memory"),
+    "prefill": ("image and 50 words into a 7B model", "prefill_ms", min, "ms", "of_peak", "of the matrix peak"),
+    "projector": ("bridge of a 7B model", "samples_per_s", max, "samples/s", "of_peak", "of the matrix peak"),
+    "lora": ("LoRA of rank 128, 7B", "samples_per_s", max, "samples/s", "of_peak", "of the matrix peak"),
+    "full": ("the whole 7B decoder", "samples_per_s", max, "samples/s", "of_peak", "of the matrix peak"),
+    "small": ("222M parameters", "samples_per_s", max, "samples/s", "of_peak", "of the matrix peak"),
+}
+
+
+def row_lines(folder: Path | str = FOLDER) -> list[str]:
+    """The best variant of each row, a line each, with machine and date; a row that was not measured says so."""
+    table, lines = _speed_table(folder), []
+    for row, (what, measure, best, unit, share, of) in ROWS.items():
+        variants = [v for v in table.get(row, {}).get("variants", {}).values() if measure in v and share in v]
+        if not variants:
+            lines.append(f"{row}, {what}: not run yet")
+            continue
+        found, machine = best(variants, key=lambda v: v[measure]), table[row]["machine"]
+        where = f"{machine['gpu']}, torch {machine['torch'].partition('+')[0]}, {machine['date']}"
+        lines.append(f"{row}, {what}: {found[measure]:.3g} {unit}, {found[share]:.2f} {of} ({where})")
+    return lines
+
+
 def speed_lines(folder: Path | str = FOLDER) -> list[str]:
     """What each trick buys, a line each, from the kept measurements; a trick that was not measured says so."""
-    file = Path(folder) / "speed.json"
-    table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    lines = []
+    table, lines = _speed_table(folder), []
     for trick, (row, with_it, without) in TRICKS.items():
         variants = table.get(row, {}).get("variants", {})
         rates = [variants.get(name, {}).get("samples_per_s") for name in (with_it, without)]
