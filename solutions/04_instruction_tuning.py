@@ -503,7 +503,7 @@ for row_ids, row_labels in pair:
     lengths.append(sum(label != IGNORE for label in row_labels))
 weights = answer_weights(lengths)
 print("tokens", lengths, " losses", [round(x, 2) for x in losses], " weights", [round(w, 2) for w in weights])
-print(f"batch loss {sum(w * x for w, x in zip(weights, losses, strict=True)):.3f}, mean of the two {sum(losses) / 2:.3f}")
+print(f"batch loss {sum(w * x for w, x in zip(weights, losses, strict=True)):.2f}, mean of the two {sum(losses) / 2:.2f}")
 
 # %% [markdown]
 # A caption outweighs a *yes* many times. That is how transformers' loss and LLaVA's training weigh; whoever wants each conversation to count the same must divide otherwise. Neither is wrong, but they are not the same training.
