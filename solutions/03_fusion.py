@@ -624,7 +624,7 @@ spreads = [study.spread(name, "exam", "model", kind) for name in fusion_strategi
 print(f"{sum(value > 0.2 for value in spreads)} of {len(spreads)} rows and kinds differ by over 0.2 between their own seeds")
 
 # %% [markdown] covers=["3-simulation-1"]
-# Do not rank them by this table. Every strategy learns to look, far above *swapped* and *majority*; but at this length of training (1,200 steps) a seed decides more than the strategy does. Skills arrive suddenly and at different steps, and existence arrives last. A comparison of architectures with one seed each would have told a story here, and the next seed another.
+# Do not rank them by this table. Every strategy learns to look: in color and shape all runs are far above *swapped* and *majority*. But at this length of training (1,200 steps) a seed decides more than the strategy does, and in existence some runs of three strategies are still near chance. A comparison of architectures with one seed each would have told a story here, and the next seed another.
 
 # %% covers=["3-simulation-1"]
 from vlm_course.simulations.fusion_comparison import FusionExperiment, fusion_simulation

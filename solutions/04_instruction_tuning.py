@@ -186,10 +186,10 @@ for kind in kinds:
     print(f"{kind:15s}{form}{length}")
 
 # %% [markdown] covers=["4-table-1"]
-# Read the table by columns. Tuned on captions, the model answers *every* question with a caption. Tuned on short questions, it answers everything in one word, even "describe the image". Each did learn one form, and lost the forms that it could still speak before its tuning. Only the mixed diet keeps all ten; for the same number of steps it is less exact at each, because it had more to learn.
+# Read the table by columns. Tuned on captions, the model answers *every* question with a caption. Tuned on short questions, it answers everything in one word, even "describe the image". Each learned one form, though the conversations that it read before its tuning held all ten kinds. Only the mixed diet keeps all ten; for the same number of steps it is less exact at each, because it had more to learn.
 
 # %% [markdown] covers=["4-table-1"]
-# Look at *relation* and *check* too. The diet of questions holds both, and yet its model answers them at chance; the mixed diet, with fewer of them, gets most right. There, points and boxes ask *where* an object is. One skill can teach another: that is an argument for diverse instructions that a count of examples would miss. And *count by size*, which no diet held, stays below its most frequent answer for all three: the right form came along, the skill did not.
+# Look at *relation* and *check* too. The diet of questions holds both, and yet its model answers them at chance; the mixed diet, with fewer of them, gets most right. There, points and boxes ask *where* an object is, so one skill may have taught the other. That is a guess: this study does not take the kinds apart, and one of its three seeds did not learn relations either. And *count by size*, which no diet held, stays below its most frequent answer for all three: the right form came along, the skill did not.
 
 # %% [markdown] covers=["4-table-1"]
 # Is the model on captions blind, or does it only not listen? Let it describe the image, and look the answer up in *its own* caption:

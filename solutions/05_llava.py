@@ -727,7 +727,7 @@ gaps = [f"{name} {100 * study.mean(name, 'all', 'model'):.1f} %" for name in ord
 study.reveal("p_5_3", best, because=f"Exact answers: {', '.join(gaps)}; blind {blind:.1f} %.")
 
 # %% [markdown] covers=["5-idea-2"]
-# So the lesson's reason is wrong, and ours was only an expectation: the patches of the last layer, which CLIP's loss never looks at, carry about as much as those before them, because each block adds to what the residual stream holds and erases little. What is too *early* costs more, and it makes learning fragile: look how far apart the seeds of the first block lie. This is a tower of six blocks in a world of shapes. LLaVA's paper reports 0.96 points for the last but one against the last on ScienceQA, from one training each.
+# So the lesson's reason is wrong, and ours was only an expectation: the patches of the last layer, which CLIP's loss never looks at, carry about as much as those before them. A possible reason, which this study does not test: a block adds to what the residual stream holds, and need not erase it. What is too *early* costs more, and it makes learning fragile: look how far apart the seeds of the first block lie. This is a tower of six blocks in a world of shapes. LLaVA's paper reports 0.96 points for the last but one against the last on ScienceQA (quoted from memory).
 
 # %% [markdown]
 # One seed of each variant is shipped, so you can ask them yourself. The same questions, the same image, four layers:

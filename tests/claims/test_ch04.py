@@ -41,8 +41,7 @@ def ids():
 @pytest.fixture(scope="module")
 def study():
     results = load_results("instruction-mix")
-    if results.rehearsal:
-        pytest.skip("the study instruction-mix has only been rehearsed: run `vlm-course study instruction-mix`")
+    assert not results.rehearsal, "a rehearsal shows nothing: run `vlm-course study instruction-mix`"
     return results
 
 
