@@ -229,9 +229,14 @@ def evaluate(
 
 @app.command()
 def finetune(
-    data: Annotated[Path, typer.Option(help="LLaVA-Instruct's JSON or JSONL, or its folder.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="LLaVA-Instruct's JSON or JSONL, its folder, or hub:owner/name/file.json.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the run and of the trained model.", show_default=False)],
-    model: Annotated[str, typer.Option(help="small, or the folder of a LLaVA-1.5 checkpoint.")] = "small",
+    model: Annotated[str, typer.Option(help="small, a LLaVA-1.5 folder, or owner/name on the hub.")] = "small",
     images: Annotated[
         Path | None, typer.Option(help="Folder that image names start from.", show_default="beside the data")
     ] = None,

@@ -91,7 +91,12 @@ def test_the_command_keeps_what_it_found(tmp_path, monkeypatch, capsys):
     options = ["--steps", "2", "--scenes", "2", "--asked", "2", "--dollars-an-hour", "3600", "--note", "a test"]
     assert lesson.main([*options, "--folder", str(tmp_path)]) == 0
     run = stored_run(3, tmp_path, variant="lesson")
-    assert run.numbers["steps"] == 2 and len(run.losses) == 2 and run.notes == ("a test",)
+    assert (
+        run.numbers["steps"] == 2
+        and len(run.losses) == 2
+        and run.notes[0] == "a test"
+        and "3600 an hour" in run.notes[1]
+    )
     assert abs(run.numbers["dollars"] - 60 * run.numbers["minutes"]) < 1e-6 and 0 < run.numbers["share_of_peak"] < 1
     assert {"before", "after", "blind", "swapped", "majority"} <= set(run.accuracy[absent.PRESENT])
     assert run.title in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 
 from ..llava import Llava
 from ..validation import require_number
-from . import distributed
+from . import distributed, hub
 from .collate import Collator, fitting
 from .data import Records, read_records
 from .engine import Report, Trainer
@@ -34,10 +34,11 @@ class Loaded:
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.float32) -> Loaded:
-    """`small` for the shipped model, or a folder with a LLaVA-1.5 checkpoint in the published layout.
+    """`small` for the shipped model, or a LLaVA-1.5 checkpoint in the published layout: its folder, or `owner/name` of
+    the hub, which is then downloaded.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: there is no such folder, or the hub does not give it.
         FileNotFoundError: the folder lacks weights or a tokenizer.
     """
     if name == SMALL:
@@ -50,7 +51,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32) -> Loaded:
             save_small(small.contrastive, model, folder)
 
         return Loaded(small.model, for_small(), save)
-    folder = Path(name).expanduser()
+    folder = hub.checkpoint(name) if hub.is_checkpoint(name) else Path(name).expanduser()
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name!r}: give {SMALL!r} or a folder with a LLaVA-1.5 checkpoint")
     from ..convert.llava import load_llava
@@ -86,7 +87,8 @@ def finetune(
     """Train `model` on `data` and write it to the folder `model` in `out`; a second call goes on where one stopped.
 
     Args:
-        data, images, skip_bad: as in `data.read_records`.
+        data: as in `data.read_records`, or `hub:owner/name/file.json`, a dataset's file, which needs `images`.
+        images, skip_bad: as in `data.read_records`.
         model: as in `load_model`.
         out: folder of the running state, the log and, in the end, the trained model.
         epochs: how often each record is read, if `steps` is not given.
@@ -101,6 +103,10 @@ def finetune(
     world = distributed.join(device)
     say = log if world.first else lambda line: None
     try:
+        if str(data).startswith("hub:"):
+            if images is None:
+                raise ValueError(f"{data} holds no images: give the folder that its image names start from")
+            data = hub.records(str(data))
         records = read_records(data, images=images, skip_bad=skip_bad, check="decode" if check_images else "exists")
         cuda = world.device.type == "cuda"
         plan = {"dtype": "bfloat16" if cuda else "float32", "compile": cuda, "batch": 128} | plan

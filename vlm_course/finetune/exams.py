@@ -20,7 +20,7 @@ from vlm_course.evaluation import FRESH_SEED
 from vlm_course.finetune.tokenizers import TokenizerAdapter
 from vlm_course.generation import generate
 from vlm_course.grounding.metrics import intersection_and_union, share
-from vlm_course.llava import Llava
+from vlm_course.llava import Llava, LlavaConfig
 from vlm_course.measures import Table
 from vlm_course.tokenizer import WordTokenizer
 from vlm_course.validation import counts, require_one_of
@@ -180,11 +180,24 @@ def _until(row: list[int], end: int) -> list[int]:
     return row[: row.index(end)] if end in row else row
 
 
-def answers(model: Llava, adapter: TokenizerAdapter, exam: Exam, *, look: str = "model", batch: int = 256) -> list[str]:
+def rows_at_once(config: LlavaConfig, *, most: int = 256, cache_bytes: float = 4e9) -> int:
+    """How many questions are answered together: `most`, or as many as keep their keys and values in `cache_bytes`.
+
+    256 rows of a 7B model would take 86 GB in 16 bits. A question and its answer count as 64 tokens.
+    """
+    text = config.text
+    row = 2 * 2 * text.layers * text.kv_heads * text.head_dim * (config.visual_tokens + 64)  # keys and values, 16 bits
+    return max(1, min(most, int(cache_bytes // row)))
+
+
+def answers(
+    model: Llava, adapter: TokenizerAdapter, exam: Exam, *, look: str = "model", batch: int | None = None
+) -> list[str]:
     """The model's answers to an exam. look: "model" sees each question's image, "blind" a black one, "swapped" the next
-    image's. Raises ValueError for another.
+    image's. batch: questions at once, by default `rows_at_once`. Raises ValueError for another look.
     """
     require_one_of(look, "look", ("model", "blind", "swapped"))
+    batch = rows_at_once(model.config) if batch is None else batch
     pixels, rows = exam.pixels, torch.tensor(exam.image)
     if look == "blind":
         pixels, rows = torch.full_like(pixels[:1], -1.0), torch.zeros_like(rows)
@@ -250,7 +263,7 @@ def majority(exam: Exam) -> dict[str, float]:
 
 
 def grade(
-    model: Llava, adapter: TokenizerAdapter, exam: Exam, *, controls: bool = True, batch: int = 256
+    model: Llava, adapter: TokenizerAdapter, exam: Exam, *, controls: bool = True, batch: int | None = None
 ) -> tuple[Table, list[str]]:
     """A model's exam -> (kind -> {"model", "blind", "swapped", "majority", "questions"}, its answers).
 

@@ -82,7 +82,7 @@ def job(
     asked: int = 6,
     data: Path | str | None = None,
     tower: str = "trained",
-    checkpoint: Path | str | None = None,
+    mode: str = "lora",
 ) -> Job:
     """What to train on the chosen path.
 
@@ -92,7 +92,7 @@ def job(
         scenes, asked: how many are written to learn from, how many the exam has.
         data: a file or folder of records to learn from in place of ours (paths 1 and 3).
         tower: "random" puts a fresh tower before the model (path 2), as a control.
-        checkpoint: the folder of path 1, by default what `choice` names.
+        mode: what learns on paths 1 and 3, "projector", "lora" or "full"; `choice.mode` says what the memory holds.
     """
     require_one_of(tower, "tower", TOWERS)
     if choice.path == 2:
@@ -101,13 +101,9 @@ def job(
     if choice.path == 1:
         from .command import load_model
 
-        low = torch.bfloat16 if cuda else torch.float32
-        loaded = load_model(str(checkpoint or choice.model), dtype=low)
-        name, model, adapter = (
-            "LLaVA-1.5 7B" if checkpoint is None else Path(checkpoint).name,
-            loaded.model,
-            loaded.tokenizer,
-        )
+        loaded = load_model(choice.model, dtype=torch.bfloat16 if cuda else torch.float32)
+        name, adapter = "LLaVA-1.5 from " + Path(choice.model).name, loaded.tokenizer
+        model = loaded.model.to("cuda" if cuda else "cpu")  # its answers before are asked for there too
         rank, batch, rates = 128, 16, {}
     else:
         from ..pretrained import load_small
@@ -118,7 +114,7 @@ def job(
     widest = min(model.config.text.width, model.config.text.kv_heads * model.config.text.head_dim)
     dtype = "bfloat16" if cuda and choice.path == 1 else "float32"
     plan = FinetunePlan(
-        mode="lora",
+        mode=mode,
         steps=steps,
         batch=batch,
         lora_rank=min(rank, widest),
@@ -209,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in (("steps", 2), ("scenes", 2000), ("asked", 60)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--random-tower", action="store_true", help="a control of path 2: behind a fresh tower")
+    parser.add_argument("--mode", default="lora", help="what learns on paths 1 and 3: projector, lora or full")
     parser.add_argument("--dollars-an-hour", type=float, default=None)
     parser.add_argument("--note", action="append", default=[], help="such as: the weights are random")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the run is kept; by default in the package")
@@ -216,7 +213,13 @@ def main(arguments: list[str] | None = None) -> int:
     machine = choose.look(given.checkpoint)
     choice = choose.decide(machine)
     print(choose.said(machine, choice), flush=True)
-    options = {"steps": given.steps, "scenes": given.scenes, "asked": given.asked, "data": given.data}
+    options = {
+        "steps": given.steps,
+        "scenes": given.scenes,
+        "asked": given.asked,
+        "data": given.data,
+        "mode": given.mode,
+    }
     with tempfile.TemporaryDirectory() as name:
         work = job(choice, name, **options)
         before = grade(work.model, work.adapter, work.exam, controls=False)
@@ -229,7 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
             other = job(choice, name, tower="random", **options)
             other.train(Path(name) / "random")
             more["random_tower"] = grade(other.model, other.adapter, other.exam, controls=False)[0]
-    run = found(choice.path, work, cost, losses, before, after, notes=given.note, **more)
+    notes = [*given.note, *report.price_notes(given.dollars_an_hour)]
+    run = found(choice.path, work, cost, losses, before, after, notes=notes, **more)
     variant = "lesson" if choice.path == 3 else ""
     print("\n\n".join([run.title, run.numbers_table(), run.accuracy_table(), run.answers_text()]))
     print(keep(run, given.folder, variant=variant).name, "kept")

@@ -34,6 +34,13 @@ def dollars(seconds: float, price_per_hour: float) -> float:
     return seconds / 3600 * price_per_hour
 
 
+def price_notes(price_per_hour: float | None) -> tuple[str, ...]:
+    """What a reader must know about a run's dollars; nothing where there are none."""
+    if price_per_hour is None:
+        return ()
+    return (f"dollars at {price_per_hour:g} an hour, which is assumed: put in what your machine costs",)
+
+
 def learning_parameters(model: nn.Module) -> int:
     """How many numbers of the model learn."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
