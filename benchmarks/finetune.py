@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import finetune_inference, finetune_training
+from benchmarks import finetune_inference, finetune_packed, finetune_training
 
 ROWS: dict[str, Callable] = {
     "decode": finetune_inference.decode,
@@ -28,7 +28,7 @@ ROWS: dict[str, Callable] = {
     "lora": finetune_training.lora,
     "full": finetune_training.full,
     "small": finetune_training.small,
-    "packed": finetune_training.packed,
+    "packed": finetune_packed.packed,
     "curve": finetune_training.curve,
     "two-gpus": finetune_training.two_gpus,
 }

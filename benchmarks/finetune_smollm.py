@@ -180,6 +180,7 @@ def run(setting: Setting, *, cache: Path | None = None, keep_part: Callable[[dic
             "speed, memory and share of the peak are those of the second stage, minutes and dollars those of both",
             "random tower: the same training, seed and steps behind a tower that was never trained",
             f"{tokens:.0f} tokens a conversation are no padding; the share of the peak counts these alone",
+            *report.price_notes(setting.price),
         ),
     )
     return {

@@ -9,8 +9,7 @@ import time
 
 import torch
 
-from benchmarks.finetune_inference import build
-from benchmarks.finetune_training import one_batch
+from benchmarks.finetune_models import build, one_batch
 from vlm_course.finetune import distributed
 from vlm_course.finetune.engine import Trainer
 from vlm_course.finetune.plan import FinetunePlan

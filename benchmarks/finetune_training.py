@@ -1,89 +1,30 @@
-"""Training rows of benchmarks.finetune: projector, lora, full (7B), small (222M), packed, curve, two-gpus."""
+"""Training rows of benchmarks.finetune: projector, lora, full (7B), small (222M), curve, two-gpus."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
 import torch
-from torch import nn
 
-from benchmarks import finetune_peers
-from benchmarks.finetune_inference import DEVICE, build, wait
+from benchmarks import finetune_models, finetune_peers
+from benchmarks.finetune_models import CURVE, DEVICE, SMALL_222M, learner, one_batch, optimizer_for, wait
 from vlm_course.bridges import ShuffleProjection
-from vlm_course.decoder import DecoderConfig
 from vlm_course.finetune import fast
 from vlm_course.finetune.collate import Batch
 from vlm_course.finetune.fast import Options
 from vlm_course.finetune.fast_optimizer import RoundingAdamW
 from vlm_course.finetune.flops import Floors, median_seconds, step_flops
-from vlm_course.finetune.lora import add_lora
 from vlm_course.finetune.losses import plain_loss
 from vlm_course.llava import LLAVA_7B, Llava, LlavaConfig
-from vlm_course.packed import pack
-from vlm_course.training import freeze_all_but
-from vlm_course.vit import ViTConfig
 
-RANK = 128
-ROW, ROWS = 2560, 3  # tokens of a packed row, and rows of a step
 STEPS = 50  # of the row `curve`
 
-# SigLIP-B/16-224's tower, with a class token more, and SmolLM2-135M: 196 patches become 49 tokens (pixel shuffle).
-SMALL_222M = LlavaConfig(
-    vision=ViTConfig(
-        image_size=224, patch_size=16, width=768, layers=12, heads=12, mlp_width=3072, activation="gelu", pre_norm=False
-    ),
-    text=DecoderConfig(
-        vocab_size=49152, width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536, rope_theta=100000.0,
-        tie_embeddings=True, max_positions=2048,
-    ),
-    image_id=49151, feature_layer=-1, visual_tokens=49,
-)  # fmt: skip
-CURVE = LlavaConfig(
-    vision=ViTConfig(image_size=112, patch_size=14, width=256, layers=4, heads=4, mlp_width=1024),
-    text=DecoderConfig(
-        vocab_size=8000, width=1024, layers=8, heads=16, kv_heads=8, mlp_width=2816, max_positions=1024
-    ),
-    image_id=7999,
-)  # fmt: skip
 
-
-def one_batch(config: LlavaConfig, rows: int, words: int, *, seed: int = 0, device: str = DEVICE) -> Batch:
-    """Rows of an image and `words` words, of which the second half is the answer."""
-    draw = torch.Generator().manual_seed(seed)
-    image = torch.full((rows, config.visual_tokens), config.image_id)
-    ids = torch.cat([image, torch.randint(3, config.text.vocab_size - 100, (rows, words), generator=draw)], dim=1)
-    labels = ids.clone()
-    labels[:, : config.visual_tokens + words // 2] = -100
-    pixels = torch.randn(rows, 3, *config.vision.image_hw, generator=draw).to(torch.bfloat16)
-    return Batch(ids.to(device), labels.to(device), pixels.to(device))
-
-
-def learner(config: LlavaConfig, mode: str, *, rank: int | None = None, dtype=torch.bfloat16, bridge=None) -> Llava:
-    """A model of which `mode` learns; what learns beside frozen weights is float32."""
-    model, rank = build(config, dtype=dtype, bridge=bridge), rank or RANK
-    names = add_lora(model, rank=rank, alpha=2.0 * rank) if mode == "lora" else []
-    trains = {"projector": ("bridge.",), "lora": ("bridge.", *names), "full": ("bridge.", "decoder."), "all": ("",)}
-    freeze_all_but(model, trains[mode])
-    if mode in ("projector", "lora"):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return model
-
-
-def optimizer_for(model: nn.Module, mode: str):
-    """Float32 AdamW for thin parts; for all weights of a decoder bfloat16 moments, inside the backward pass."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    if mode == "full":
-        return RoundingAdamW(learning, lr=1e-5).in_backward()
-    return torch.optim.AdamW(learning, lr=1e-5, fused=True)
-
-
-def _step(model: Llava, batch: Batch, optimizer, loss: Callable) -> Callable[[], torch.Tensor]:
+def step_of(model: Llava, batch: Batch, optimizer, loss: Callable) -> Callable[[], torch.Tensor]:
+    """One optimizer step on a batch, as a function that gives its loss."""
     count = float((batch.labels[:, 1:] != -100).sum())
 
     def step() -> torch.Tensor:
@@ -121,7 +62,7 @@ def measured(
             found = fast.loss(model, part, count).item()
         forget()
         runner = fast.prepare(model, options=Options(dtype=torch.bfloat16, **options))
-        step = _step(model, batch, optimizer_for(model, mode), fast.loss)
+        step = step_of(model, batch, optimizer_for(model, mode), fast.loss)
         start = time.perf_counter()
         first = step().item()
         wait()
@@ -184,10 +125,11 @@ def _stage(run, floors: Floors, mode: str, words: int, variants: dict[str, dict]
     for settings in run.peers:
         work = partial(_peer, LLAVA_7B, mode, peer_rows[settings], words, floors, settings)
         run.try_(f"transformers, {settings}", work, always=True)
-    _ratio(run)
+    ratio(run)
 
 
-def _ratio(run) -> None:
+def ratio(run) -> None:
+    """Ours against the faster of the peers, a line."""
     ours = [r["samples_per_s"] for n, r in run.results.items() if n.startswith("ours") and "samples_per_s" in r]
     theirs = [r["samples_per_s"] for n, r in run.results.items() if n.startswith("transf") and "samples_per_s" in r]
     if ours and theirs:
@@ -207,7 +149,7 @@ def projector(run, floors: Floors) -> None:
 def lora(run, floors: Floors) -> None:
     """Rank 128 on all maps of the language model, and the bridge, 768 tokens a sample."""
     variants = {
-        "ours": {"rows": 8, "profile": True}, "ours, 14 rows": {"rows": 14}, "ours, 4 rows": {"rows": 4},
+        "ours": {"rows": 16, "profile": True}, "ours, 8 rows": {"rows": 8}, "ours, 4 rows": {"rows": 4},
     }  # fmt: skip
     _stage(run, floors, "lora", 192, variants, {"tuned": 4, "plain": 8})
 
@@ -229,109 +171,27 @@ def small(run, floors: Floors) -> None:
     run.try_("ours, flash attention", partial(work, attention="flash"))
     run.try_("ours, every position", partial(work, answers_only=False))
     run.try_("ours, not compiled", partial(work, compiled=False))
-
-
-def conversation_lengths(count: int, seed: int = 0) -> list[int]:
-    """Words beside the image: log-normal with median 160 and a long tail, 30 to 1,400, as mixed instruction data are.
-
-    A model of the mix, not a measurement of it: short answers, descriptions and long conversations in one batch.
-    """
-    draw = random.Random(seed)
-    return [min(1400, max(30, round(draw.lognormvariate(5.08, 0.85)))) for _ in range(count)]
-
-
-def _documents(config: LlavaConfig, lengths: list[int]) -> list[tuple[list[int], list[int]]]:
-    draw, found = random.Random(1), []
-    for words in lengths:
-        ids = [config.image_id] * config.visual_tokens + [
-            draw.randrange(3, config.text.vocab_size - 100) for _ in range(words)
-        ]
-        found.append((ids, [-100] * (config.visual_tokens + words // 2) + ids[config.visual_tokens + words // 2 :]))
-    return found
-
-
-def _grouped(config: LlavaConfig, documents: list, rows: int) -> list[Batch]:
-    """Sorted by length, cut into batches, each padded to its longest."""
-    batches, ordered = [], sorted(documents, key=lambda document: -len(document[0]))
-    for at in range(0, len(ordered), rows):
-        part = ordered[at : at + rows]
-        longest = max(len(ids) for ids, _ in part)
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in part])
-        labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in part])
-        pixels = torch.randn(len(part), 3, *config.vision.image_hw, dtype=torch.bfloat16)
-        batches.append(Batch(ids.to(DEVICE), labels.to(DEVICE), pixels.to(DEVICE)))
-    return batches
-
-
-def _packed(config: LlavaConfig, documents: list, length: int, rows: int) -> list[Batch]:
-    whole = pack(documents, length, pad_id=0, image_id=config.image_id, visual_tokens=config.visual_tokens)
-    batches, fill = [], {"ids": 0, "labels": -100, "positions": 0, "documents": -1}
-    for at in range(0, len(whole.ids), rows):
-        cut = slice(at, at + rows)
-        images = int((whole.ids[cut] == config.image_id).sum()) // config.visual_tokens
-        pixels = torch.randn(images, 3, *config.vision.image_hw, dtype=torch.bfloat16).to(DEVICE)
-        tensors = {}
-        for name, value in fill.items():  # the last batch may lack rows: empty ones, so that all have one shape
-            part = getattr(whole, name)[cut]
-            tensors[name] = torch.cat([part, part.new_full((rows - len(part), length), value)]).to(DEVICE)
-        batches.append(Batch(**tensors, pixels=pixels))
-    return batches
-
-
-def _epoch(model: Llava, batches: list[Batch], samples: int, **options) -> dict:
-    fast.prepare(model, options=Options(dtype=torch.bfloat16, compiled=DEVICE == "cuda", **options))
-    optimizer = optimizer_for(model, "lora")
-    steps = [_step(model, batch, optimizer, fast.loss) for batch in batches]
-    start = time.perf_counter()
-    for step in steps:  # every length once: compiled, allocated
-        step()
-    wait()
-    warm_up = time.perf_counter() - start
-    seconds = median_seconds(lambda: [step() for step in steps], runs=2, warm_up=0)
-    tokens = sum(batch.ids.numel() for batch in batches)
-    return {"samples_per_s": samples / seconds, "tokens": tokens, "warm_up_s": warm_up, "batches": len(batches)}
-
-
-def _packed_ours(run, documents: list, grouped: list[Batch]) -> None:
-    model, count = learner(LLAVA_7B, "lora"), len(documents)
-    run.try_("ours, packed", lambda: _epoch(model, _packed(LLAVA_7B, documents, ROW, ROWS), count), always=True)
-    run.try_("ours, grouped and padded", lambda: _epoch(model, grouped, count, settings={"dynamic": True}))
-
-
-def packed(run, floors: Floors) -> None:
-    """LoRA on mixed lengths: packed rows beside batches grouped by length and padded."""
-    count = 96
-    documents = _documents(LLAVA_7B, conversation_lengths(count))
-    grouped = _grouped(LLAVA_7B, documents, 8)
-    real = sum(len(ids) for ids, _ in documents)
-    filled = real / sum(batch.ids.numel() for batch in grouped)
-    run.results["data"] = {"samples": count, "tokens": real, "filled when grouped and padded": filled}
-    _packed_ours(run, documents, grouped)
-
-    def peer(compiled: bool) -> dict:
-        on, _ = finetune_peers.trainer(LLAVA_7B, "lora", checkpointing=not compiled, compiled=compiled, dynamic=True)
-        steps = []
-        for batch in grouped:
-            real = (batch.ids != 0).long()
-            steps.append(on(batch.ids, batch.pixels, batch.labels, real))
-        start = time.perf_counter()
-        for step in steps:
-            step()
-        wait()
-        warm_up = time.perf_counter() - start
-        seconds = median_seconds(lambda: [step() for step in steps], runs=1, warm_up=0)
-        return {"samples_per_s": count / seconds, "warm_up_s": warm_up}
-
     for settings in run.peers:
-        run.try_(f"transformers, {settings}", partial(peer, settings == "tuned"), always=True)
-    _ratio(run)
+        run.try_(f"transformers, {settings}", partial(_small_peer, floors, settings), always=True)
+    ratio(run)
+
+
+def _small_peer(floors: Floors, settings: str, rows: int = 256, words: int = 79) -> dict:
+    batch = one_batch(SMALL_222M, rows, words)
+    on, _ = finetune_peers.small_trainer(SMALL_222M, compiled=settings == "tuned")
+    seconds = median_seconds(on(batch.ids, batch.pixels, batch.labels))
+    flops = step_flops(SMALL_222M, "all", rows, batch.ids.shape[1])
+    return {
+        "samples_per_s": rows / seconds, "of_peak": floors.share(flops, seconds), "ms": 1e3 * seconds, "rows": rows,
+        "memory_GB": _memory(),
+    }  # fmt: skip
 
 
 def curve(run, floors: Floors) -> None:
     """Fifty steps of a model of 0.1 billion weights, plain and quick, same data and start: both losses."""
 
     def losses(mode: str, quick: bool) -> list[float]:
-        model = learner(CURVE, mode, rank=min(RANK, 32))
+        model = learner(CURVE, mode, rank=min(finetune_models.RANK, 32))
         if quick:
             fast.prepare(model, options=Options(dtype=torch.bfloat16, compiled=DEVICE == "cuda"))
         learning = [p for p in model.parameters() if p.requires_grad]
@@ -341,7 +201,7 @@ def curve(run, floors: Floors) -> None:
         found = []
         for number in range(STEPS):
             batch = one_batch(CURVE, 8, 64, seed=number % 5)
-            found.append(_step(model, batch, optimizer, fast.loss if quick else plain_loss)())
+            found.append(step_of(model, batch, optimizer, fast.loss if quick else plain_loss)())
         return torch.stack(found).tolist()
 
     def both(mode: str) -> dict:

@@ -6,7 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import finetune, finetune_inference, finetune_training
+from benchmarks import (
+    finetune,
+    finetune_inference,
+    finetune_models,
+    finetune_packed,
+    finetune_peers,
+    finetune_training,
+)
 from vlm_course.bridges import ShuffleProjection
 from vlm_course.decoder import DecoderConfig
 from vlm_course.finetune.flops import Floors
@@ -40,14 +47,33 @@ def test_the_row_of_the_222m_class():
     assert found["samples_per_s"] > 0 and found["tokens"] == 13 and found["first_loss"] < 20
 
 
+def test_the_peer_of_the_222m_class_is_as_large_as_ours():
+    """transformers' SmolVLM has the same weights but for a class token, its position, and the tower's pooling."""
+    text = dataclasses.replace(TINY.text, tie_embeddings=True)
+    vision = dataclasses.replace(TINY.vision, activation="gelu", pre_norm=False)
+    config = dataclasses.replace(TINY, vision=vision, text=text, feature_layer=-1, visual_tokens=1)
+    on, theirs = finetune_peers.small_trainer(config, compiled=False)
+    batch = finetune_models.one_batch(config, 3, 12)
+    before = theirs.model.connector.modality_projection.proj.weight.detach().clone()
+    on(batch.ids, batch.pixels, batch.labels)()
+    assert not torch.equal(theirs.model.connector.modality_projection.proj.weight, before)
+    ours = finetune_models.learner(
+        config, "all", dtype=torch.float32, bridge=partial(ShuffleProjection, 16, 32, factor=2)
+    )
+    count = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    assert abs(count[0] - count[1]) < 0.02 * count[1], count
+
+
 def test_mixed_lengths_and_curve_rows(monkeypatch):
-    for name in ("LLAVA_7B", "CURVE"):
-        monkeypatch.setattr(finetune_training, name, TINY)
-    for name, value in {"RANK": 4, "ROW": 256, "ROWS": 2, "STEPS": 5}.items():
-        monkeypatch.setattr(finetune_training, name, value)
-    documents = finetune_training._documents(TINY, [40, 30, 90, 55, 31, 200])
+    monkeypatch.setattr(finetune_packed, "LLAVA_7B", TINY)
+    monkeypatch.setattr(finetune_training, "CURVE", TINY)
+    monkeypatch.setattr(finetune_training, "STEPS", 5)
+    monkeypatch.setattr(finetune_models, "RANK", 4)
+    for name, value in {"ROW": 256, "ROWS": 2}.items():
+        monkeypatch.setattr(finetune_packed, name, value)
+    documents = finetune_packed._documents(TINY, [40, 30, 90, 55, 31, 200])
     run = finetune.Run("packed", (), 1e9)
-    finetune_training._packed_ours(run, documents, finetune_training._grouped(TINY, documents, 2))
+    finetune_packed._packed_ours(run, documents, finetune_packed._grouped(TINY, documents, 2))
     assert run.results["ours, packed"]["samples_per_s"] > 0, run.results
     assert run.results["ours, grouped and padded"]["tokens"] >= 6 * 4 + sum([40, 30, 90, 55, 31, 200])
     run = finetune.Run("curve", (), 1e9)
@@ -57,23 +83,23 @@ def test_mixed_lengths_and_curve_rows(monkeypatch):
 
 
 def test_decode_row():
-    model = finetune_inference.build(TINY).eval()
-    ids, pixels = finetune_inference.prompt(TINY, 6)
+    model = finetune_models.build(TINY).eval()
+    ids, pixels = finetune_models.prompt(TINY, 6)
     found = finetune_inference._measured(model, ids, pixels, FLOORS)
     assert found["of_floor"] > 0 and found["worst_regret"] < 0.1 * found["logit_std"] and found["of"] == 20
 
 
 def test_packed_rows_hold_every_sample_once():
     lengths = [40, 30, 90, 55, 31]
-    documents = finetune_training._documents(TINY, lengths)
-    packed = finetune_training._packed(TINY, documents, 128, 2)
+    documents = finetune_packed._documents(TINY, lengths)
+    packed = finetune_packed._packed(TINY, documents, 128, 2)
     assert sum(len(batch.pixels) for batch in packed) == 5
     assert sum(int((batch.labels != -100).sum()) for batch in packed) == sum(
         len(l) - sum(x == -100 for x in l) for _, l in documents
     )
-    grouped = finetune_training._grouped(TINY, documents, 2)
+    grouped = finetune_packed._grouped(TINY, documents, 2)
     assert [batch.ids.shape[1] for batch in grouped] == [94, 44, 34]
-    lengths = finetune_training.conversation_lengths(500)
+    lengths = finetune_packed.conversation_lengths(500)
     assert min(lengths) >= 30 and max(lengths) <= 1400 and 140 < sorted(lengths)[250] < 180
 
 
