@@ -1,10 +1,13 @@
-"""Chapter 8: tiles, pages and pruned tokens."""
+"""Chapter 8: tiles, pages and pruned tokens, and the bridges of the models that read pages."""
 
 import torch
 from bad_input_table import NO_ROW, Bool, F, I, row
 
+from vlm_course.abstractor import AbstractorLayer, VisualAbstractor
 from vlm_course.decoder import Decoder, DecoderConfig
 from vlm_course.documents import LayoutEmbedding
+from vlm_course.h_reducer import HReducer
+from vlm_course.shape_cropping import CropPositions
 
 NAN = float("nan")
 CANVASES = [(4, 8), (8, 4), (8, 8)]
@@ -118,3 +121,33 @@ row("documents.token_boxes", boxes=I("3 4"), words=[None, 0, 2],
     _bad=[({"words": [3]}, "3", "0..2"), ({"words": [-1]}, "-1", "0..2")])  # fmt: skip
 row("documents.LayoutEmbedding", width=4, coordinates=10)
 row("documents.LayoutEmbedding.forward", _on=lambda s: LayoutEmbedding(4), boxes=I("B T 4", corners), _bad=BOXES)
+
+# --- UReader, DocOwl
+
+PAGE_GRID = [({"grid": (0, 3)}, "(0, 3)", "at least 1"), ({"grid": (2, 3, 4)}, "(2, 3, 4)", "two")]
+row("shape_cropping.crop_grids", max_cells=4, max_side=3)
+row("shape_cropping.corner_overlap", one=(5, 7), other=(3, 9), _bad=[*size("one"), *size("other")])
+row("shape_cropping.grid_scores", size=(5, 7), grid=(2, 3), tile=4, _bad=[*size("size"), *PAGE_GRID])
+row("shape_cropping.choose_grid", size=(5, 7), tile=4, max_cells=4, max_side=3, _bad=size("size"))
+row("shape_cropping.crop_places", grid=(2, 3), whole=4, _bad=[*PAGE_GRID, ({"whole": 2}, "3", "2")])
+row("shape_cropping.shape_adaptive_crops", image=F("C H W"), tile=2, max_cells=4, max_side=3)
+row("shape_cropping.crop_token_count", size=(5, 7), tokens=3, tile=4, max_cells=4, max_side=3, _bad=size("size"))
+row("shape_cropping.crop_words", places=I("v 2"), whole=9)
+row("shape_cropping.CropPositions", dim=4, places=3)
+row("shape_cropping.CropPositions.forward", _on=lambda s: CropPositions(4, places=3), tokens=F("v M D"),
+    places=I("v 2"), _fix={"D": 4}, _low={"v": 2},
+    _bad=[({"places": torch.full((2, 2), 3), "tokens": torch.zeros(2, 1, 4)}, "3", "0 to 2")])  # fmt: skip
+row("h_reducer.HReducer", vision_dim=3, llm_dim=4, merge=2)
+row("h_reducer.HReducer.forward", _on=lambda s: HReducer(3, 4, merge=2), features=F("B 6 D"), grid=(3, 2),
+    _fix={"D": 3},
+    _bad=[*PAGE_GRID, ({"grid": (3, 3)}, "6", "9"), ({"grid": (2, 3)}, "3", "2"),
+          ({"grid": None}, "6", "4")])  # fmt: skip
+row("abstractor.AbstractorLayer", dim=6, heads=2, mlp_width=5, _bad=[({"heads": 4}, "6", "4")])
+row("abstractor.AbstractorLayer.forward", _on=lambda s: AbstractorLayer(6, 2, 5), queries=F("B M D"),
+    features=F("B N D"), _fix={"D": 6}, _low={"B": 2})  # fmt: skip
+row("abstractor.VisualAbstractor", vision_dim=6, llm_dim=4, queries=2, layers=1, heads=2, mlp_width=5,
+    _least={"places": 0}, _bad=[({"heads": 4}, "6", "4")])  # fmt: skip
+row("abstractor.VisualAbstractor.forward",
+    _on=lambda s: VisualAbstractor(6, 4, queries=2, layers=1, heads=2, mlp_width=5, places=3),
+    features=F("B N D"), places=I("B 2"), _fix={"D": 6}, _low={"B": 2},
+    _bad=[({"places": None}, "no places", "3 rows")])  # fmt: skip
