@@ -1,11 +1,13 @@
-"""Chapter 9, and the measurements: packing, merging, video, actions, budgets."""
+"""Chapter 9, and the measurements: packing, merging, video, actions, budgets, Emu."""
 
 import torch
 from bad_input_table import NO_ROW, Bool, F, I, row
 
 from vlm_course import packing
 from vlm_course.actions import ActionTokenizer
+from vlm_course.causal_former import CausalFormer, CausalFormerLayer, T5Attention
 from vlm_course.decoder import DecoderConfig
+from vlm_course.emu import Emu
 from vlm_course.llava import Llava, LlavaConfig
 from vlm_course.merging import Matching, bipartite_soft_matching
 from vlm_course.tokenizer import WordTokenizer
@@ -306,3 +308,59 @@ row(
     _bad=[({"marks": "["}, "'['", "two")],
 )
 row("measures.format_table", table={"a": {"b": 1.0}}, _bad=[({"table": {}}, "0 rows", "at least 1")])
+
+# --- Emu
+
+BUCKETS = [({"buckets": 3}, "3", "2"), ({"max_distance": 2}, "2", "2 distances")]
+FORMER = {"vision_dim": 5, "llm_dim": 8, "queries": 2, "dim": 6, "layers": 1, "heads": 2, "mlp_width": 4}
+FORMER |= {"buckets": 4, "max_distance": 6}
+TEXT = DecoderConfig(vocab_size=9, width=8, layers=1, heads=2, kv_heads=1, mlp_width=6)
+
+
+def emu(s):
+    return Emu(bridge=CausalFormer(**FORMER), text=TEXT, image_id=7, start_id=6)
+
+
+def pictured(s):
+    """Rows with one image of two embeddings and a word."""
+    return torch.tensor([1, 6, 7, 7, 2]).repeat(s.B, 1)
+
+
+def asked(s):
+    return torch.tensor([1, 6, 7, 7, 2, 6]).repeat(s.B, 1)
+
+
+row("causal_former.distance_buckets", length=5, buckets=4, max_distance=6, _least={"buckets": 2, "max_distance": 2},
+    _bad=BUCKETS)  # fmt: skip
+row("causal_former.T5Attention", dim=6, context_dim=4, heads=2, _bad=[({"heads": 4}, "6", "4")])
+row("causal_former.T5Attention.forward", _on=lambda s: T5Attention(6, 4, 2), x=F("B T D"), context=F("B S C"),
+    bias=F("2 T S"), _fix={"D": 6, "C": 4}, _low={"B": 2, "T": 2, "S": 2})  # fmt: skip
+row("causal_former.CausalFormerLayer", dim=6, vision_dim=4, heads=2, mlp_width=5)
+row("causal_former.CausalFormerLayer.forward",
+    _on=lambda s: CausalFormerLayer(dim=6, vision_dim=4, heads=2, mlp_width=5), x=F("B M D"), features=F("B N C"),
+    bias=F("2 M M"), _fix={"D": 6, "C": 4}, _low={"B": 2, "M": 2})  # fmt: skip
+row("causal_former.CausalFormer", **FORMER, _least={"buckets": 2, "max_distance": 2},
+    _bad=[*BUCKETS, ({"heads": 4}, "6", "4")])  # fmt: skip
+row("causal_former.CausalFormer.forward", _on=lambda s: CausalFormer(**FORMER), features=F("B N C"), _fix={"C": 5})
+NO_ROW["emu.ElementLoss"] = "what next_element_loss gives back"
+NO_ROW["emu.EmuOutput"] = "what Emu gives back"
+row("emu.next_element_loss", logits=F("B T V"), regressed=F("B T D"), ids=I("B T", pictured), embeds=F("B T D"),
+    image_id=7, _fix={"T": 5, "V": 9}, _low={"B": 2}, _least={"image_id": 0, "end_id": 0},
+    _free={"logits.V+1": "a vocabulary may have words that no row holds"},
+    _bad=[({"ids": torch.full((3, 5), 9)}, "from 9 to 9", "0 to 8"),
+          ({"image_id": 5}, "0 of", "image_id 5")])  # fmt: skip
+NARROW = CausalFormer(5, 4, queries=1, dim=6, layers=1, heads=2)
+row("emu.Emu", bridge=CausalFormer(**FORMER), text=TEXT, image_id=7, start_id=6,
+    _least={"image_id": 0, "start_id": 0},
+    _bad=[({"image_id": 9}, "9", "0 to 8"), ({"start_id": 9}, "9", "0 to 8"), ({"text": None}, "NoneType", "expected"),
+          ({"bridge": NARROW}, "4", "8")])  # fmt: skip
+COUNTED = {"ids.B+1": "named by its placeholders, see test_emu", "features.B+1": "named by its placeholders"}
+for name in ("forward", "embed"):
+    row(f"emu.Emu.{name}", _on=emu, ids=I("B T", pictured), features=F("B N C"), _fix={"T": 5, "C": 5}, _low={"B": 2},
+        _free={"ids.T+1": "words may follow"} | COUNTED,
+        _bad=[({"features": None}, "image tokens", "0 images")])  # fmt: skip
+row("emu.Emu.hidden", _on=emu, embeds=F("B T D"), _fix={"D": 8})
+row("emu.Emu.generate_embeddings", _on=emu, ids=I("B T", asked), features=F("B N C"), _fix={"T": 6, "C": 5},
+    _low={"B": 2}, _free={"ids.T+1": "named by its last word, below"} | COUNTED,
+    _bad=[({"ids": torch.tensor([[6, 7, 7, 1]]).repeat(3, 1)}, "id 1", "expected 6"),
+          ({"features": None}, "image tokens", "0 images")])  # fmt: skip
