@@ -48,8 +48,7 @@ def build_chapter(chapter: Chapter, *, measure: bool = False) -> Cost:
         executed, _ = _solved(notebook, chapter)  # the head of the chapter prints the cost, so it has to be run again
     if chapter.solved.exists() and not measure:
         keep_times(executed, nbformat.read(chapter.solved, as_version=4))
-    entry = read_costs(_costs_file(chapter)).get(chapter.slug)
-    executed.metadata["vlm_course"] = {"fingerprint": fingerprint(notebook, entry, PACKAGE)}
+    executed.metadata["vlm_course"] = {"fingerprint": _fingerprint(notebook, chapter)}
     _write(executed, chapter.solved)
     _write(student, chapter.student)
     return cost
@@ -91,8 +90,7 @@ def check_chapter(chapter: Chapter) -> list[str]:
                 f"{name}: not the bytes that the build writes (outputs, or an editor's formatting); {remedy}"
             )
         elif path == chapter.solved:
-            entry = read_costs(_costs_file(chapter)).get(chapter.slug)
-            if found.metadata.get("vlm_course", {}).get("fingerprint") != fingerprint(notebook, entry, PACKAGE):
+            if found.metadata.get("vlm_course", {}).get("fingerprint") != _fingerprint(notebook, chapter):
                 problems.append(
                     f"{name}: built from another state of the package, the weights or the measured cost; {remedy}"
                 )
@@ -117,6 +115,11 @@ def _solved(notebook, chapter: Chapter):
     if problems:
         raise BuildError("\n".join(problems))
     return executed, cost
+
+
+def _fingerprint(notebook, chapter: Chapter) -> str:
+    cost = read_costs(_costs_file(chapter)).get(chapter.slug)
+    return fingerprint(notebook, chapter.number, cost, PACKAGE)
 
 
 def _record(chapter: Chapter, cost: Cost, *, measure: bool) -> bool:

@@ -38,12 +38,8 @@ def check(name: str, namespace: MutableMapping, *, seed: int = 0) -> None:
     `namespace` is the notebook's globals(). Another `seed` draws other inputs. Raises NotAttempted (a
     NotImplementedError) for a stub, AnswerError (an AssertionError) for a wrong answer, ValueError for an unknown name.
     """
-    if name in registry.questions():
-        item = registry.question(name)
-        verdict = _judge(item, namespace)
-    else:
-        item = registry.exercise(name)
-        verdict = _examine(item, namespace, seed)
+    item = registry.find(name)
+    verdict = _judge(item, namespace) if isinstance(item, Question) else _examine(item, namespace, seed)
     if not verdict.attempted:
         raise NotAttempted(f"{item.title}: not attempted yet.")
     if not verdict.passed:

@@ -1,12 +1,17 @@
-"""Every exercise and check question, by name. Chapters are imported when they are first asked for."""
+"""Every exercise and check question, by name.
+
+Whoever asks for one by its name imports the graders of its chapter alone: a chapter does not depend on the others'.
+"""
 
 import functools
 import importlib
-import pkgutil
+from pathlib import Path
 
-from vlm_course import grading
 from vlm_course.grading.exercise import Exercise
+from vlm_course.grading.index import homes
 from vlm_course.grading.quiz import Question
+
+_FOLDER = Path(__file__).parent
 
 
 @functools.cache
@@ -22,27 +27,46 @@ def questions() -> dict[str, Question]:
 
 
 def _chapters() -> list:
-    names = sorted(info.name for info in pkgutil.iter_modules(grading.__path__) if info.name.startswith("chapter"))
-    return [importlib.import_module(f"{grading.__name__}.{name}") for name in names]
+    return [_chapter(folder.name) for folder in sorted(_FOLDER.glob("chapter*")) if (folder / "__init__.py").is_file()]
+
+
+def _chapter(home: str):
+    return importlib.import_module(f"vlm_course.grading.{home}")
+
+
+@functools.cache
+def _homes() -> dict[str, str]:
+    return homes(_FOLDER)
+
+
+def _of_its_chapter(name: str, kind: str) -> Exercise | Question | None:
+    """The item of the list `kind` (EXERCISES or QUESTIONS) called `name`, else the one defined under that name."""
+    if name not in _homes():
+        return None
+    items = getattr(_chapter(_homes()[name]), kind)
+    called = [item for item in items if item.name == name]
+    return next(iter(called or [item for item in items if getattr(item, "attribute", None) == name]), None)
 
 
 def exercise(name: str) -> Exercise:
     """The exercise called `name`, or the one whose answer is defined under that name. Else ValueError."""
-    known = exercises()
-    if name in known:
-        return known[name]
-    by_attribute = {item.attribute: item for item in known.values()}
-    if name in by_attribute:
-        return by_attribute[name]
-    raise ValueError(f"There is no exercise {name!r}. Known: {', '.join(known)}.")
+    item = _of_its_chapter(name, "EXERCISES")
+    if item is None:
+        raise ValueError(f"There is no exercise {name!r}. Known: {', '.join(exercises())}.")
+    return item
 
 
 def question(name: str) -> Question:
     """The check question called `name`. Else ValueError."""
-    known = questions()
-    if name not in known:
-        raise ValueError(f"There is no question {name!r}. Known: {', '.join(known)}.")
-    return known[name]
+    item = _of_its_chapter(name, "QUESTIONS")
+    if item is None:
+        raise ValueError(f"There is no question {name!r}. Known: {', '.join(questions())}.")
+    return item
+
+
+def find(name: str) -> Exercise | Question:
+    """The check question called `name`, or else the exercise as `exercise` finds it. Else ValueError."""
+    return _of_its_chapter(name, "QUESTIONS") or exercise(name)
 
 
 def twin(item: Exercise):
