@@ -14,16 +14,18 @@ IMAGE, NEWLINE, PATCH, WIDTH = 99, 98, 6, 32
 
 @pytest.fixture
 def models():
-    text = {
-        "model_type": "persimmon",
-        "vocab_size": 100,
-        "hidden_size": WIDTH,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "pad_token_id": 0,
-    }
-    theirs = FuyuModel(FuyuConfig(text_config=text, patch_size=PATCH, num_channels=3, image_token_id=IMAGE)).eval()
+    # Flat, as stored configurations are: transformers 5.17 reads the width here, 5.23 hands it on to the text model.
+    config = FuyuConfig(
+        vocab_size=100,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        patch_size=PATCH,
+        num_channels=3,
+        image_token_id=IMAGE,
+    )
+    theirs = FuyuModel(config).eval()
     ours = LinearPatches(patch_size=PATCH, width=WIDTH)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -65,7 +67,7 @@ def test_what_enters_the_decoder(models):
     processor = FuyuImageProcessor(patch_size={"height": PATCH, "width": PATCH})
     patches = processor.patchify_image(pixels, patch_size=processor_size(processor))
     with torch.no_grad():
-        theirs(input_ids=ids, pixel_values=patches)
+        theirs(ids, patches)  # the second is image_patches in transformers 5.17, pixel_values later
         words = theirs.get_input_embeddings()(ids)
         got = splice_image_features(words, ids, ours(pixels), IMAGE)
     torch.testing.assert_close(got, caught["embeds"], atol=1e-5, rtol=0)
