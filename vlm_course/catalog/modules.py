@@ -5,9 +5,12 @@ They exist to be built on the meta device: counted, and traced. Each names the p
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from vlm_course import h_reducer
 from vlm_course.attention import attend
 from vlm_course.bridges import PerceiverResampler
 from vlm_course.fusion import GatedCrossAttention, media_mask
@@ -87,29 +90,55 @@ class WindowedResampler(nn.Module):
         return torch.cat([kept, tokens[-1:]], dim=1)
 
 
-class HReducer(nn.Module):
-    """DocOwl 1.5's bridge: four patches of a row become one token, and an end token closes the image.
+class HReducer(h_reducer.HReducer):
+    """DocOwl 1.5's bridge as its checkpoints store it: with a LayerNorm that nothing uses.
 
-    forward: [B, N, D_vision] with a square grid -> [B, N / 4 + 1, D_llm].
     Source: X-PLUG/mPLUG-DocOwl, DocOwl1.5/mplug_docowl/model/visual_encoder.py, MplugDocOwlHReducerModel.
     """
 
-    def __init__(self, *, vision_dim: int, llm_dim: int, merge: int = 4):
-        super().__init__()
-        self.merge = merge
-        self.norm = nn.LayerNorm(vision_dim)  # stored, never used
-        self.mix = nn.Conv2d(vision_dim, merge * vision_dim, (1, merge), stride=(1, merge))
-        self.reduce = nn.Conv2d(vision_dim, vision_dim, (1, merge), stride=(1, merge))
-        self.project = nn.Linear(vision_dim, llm_dim)
-        self.end = nn.Parameter(torch.empty(1, 1, llm_dim))
+    def __init__(self, *, vision_dim: int, llm_dim: int):
+        super().__init__(vision_dim, llm_dim)
+        self.norm = nn.LayerNorm(vision_dim)
 
-    def forward(self, features: Tensor) -> Tensor:
-        side = round(features.shape[1] ** 0.5)
-        grid = features.transpose(1, 2).unflatten(2, (side, side))  # [B, N, D] -> [B, D, rows, columns]
-        mixed = nn.functional.gelu(self.mix(grid))  # [B, 4 D, rows, columns / 4]
-        mixed = mixed.unflatten(1, (self.merge, -1)).permute(0, 2, 3, 4, 1).flatten(3)  # [B, D, rows, columns]
-        tokens = self.project(self.reduce(mixed).flatten(2).transpose(1, 2))  # [B, N / 4, D_llm]
-        return torch.cat([tokens, self.end.expand(len(tokens), -1, -1)], dim=1)  # [B, N / 4 + 1, D_llm]
+
+class Twin(nn.Module):
+    """A module twice, for words and for visual tokens. Which of the two a token takes changes no shape, so here all
+    tokens take the first."""
+
+    def __init__(self, words: nn.Module, image: nn.Module):
+        super().__init__()
+        self.words, self.image = words, image
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.words(x)
+
+
+def modality_llama(*, config: dict) -> nn.Module:
+    """Llama with the modality-adaptive module of mPLUG-Owl2 and DocOwl 1.5: keys, values and both norms of every layer
+    exist twice. Source: X-PLUG/mPLUG-DocOwl at e5d9b44, DocOwl1.5/mplug_docowl/model/modeling_llama2.py.
+    """
+    import transformers
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    for layer in model.model.layers:
+        for owner, name in (
+            (layer.self_attn, "k_proj"),
+            (layer.self_attn, "v_proj"),
+            (layer, "input_layernorm"),
+            (layer, "post_attention_layernorm"),
+        ):
+            module = getattr(owner, name)
+            setattr(owner, name, Twin(module, copy.deepcopy(module)))
+    return model
+
+
+def emu_language(*, config: dict) -> nn.Module:
+    """LLaMA with Emu's second head, which gives the next visual embedding."""
+    import transformers
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    model.regress = nn.Linear(config["hidden_size"], config["hidden_size"], bias=False)
+    return model
 
 
 class PooledProjection(nn.Module):

@@ -229,20 +229,26 @@ def _assembled(module: Assembled, text: int, note: Note) -> None:
         size = 448
     elif bridge == "PooledProjection":
         size, count, meaning = 336, 5, "four crops, and the whole image"
+    elif bridge == "VisualAbstractor" and module.bridge.positions is not None:
+        count, meaning = 5, "a page: the whole page, and four crops"
     pixels, ids = _pixels(note, count, 3, size, size, meaning=meaning), _words(note, text)
-    features = torch.cat([_patches(tower, pixels) for tower in module.vision], dim=-1)  # [B, N, D_vision]
-    tokens = module.bridge(features)  # [B, M, D_llm]
+    whole = bridge in ("VisualAbstractor", "CausalFormer")  # these read CLS too
+    features = torch.cat([_patches(tower, pixels, whole) for tower in module.vision], dim=-1)  # [B, N, D_vision]
+    placed = bridge == "VisualAbstractor" and module.bridge.positions is not None
+    places = (_zeros(count, 2, dtype=torch.long),) if placed else ()
+    tokens = module.bridge(features, *places)  # [B, M, D_llm]
     embeds = module.language.get_input_embeddings()(ids)
     sequence = torch.cat([tokens.reshape(1, -1, embeds.shape[-1]), embeds], dim=1)
     module.language(inputs_embeds=sequence, use_cache=False)
 
 
-def _patches(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """The patches' features of a tower from timm, transformers or this course, without class and register tokens."""
+def _patches(tower: nn.Module, pixels: Tensor, whole: bool = False) -> Tensor:
+    """The features of a tower from timm, transformers or this course, without class and register tokens unless `whole`
+    keeps them."""
     if hasattr(tower, "forward_features"):
-        return tower.forward_features(pixels)[:, getattr(tower, "num_prefix_tokens", 0) :]
+        return tower.forward_features(pixels)[:, 0 if whole else getattr(tower, "num_prefix_tokens", 0) :]
     output = tower(pixels)
-    return output if isinstance(output, Tensor) else output.last_hidden_state[:, 1:]
+    return output if isinstance(output, Tensor) else output.last_hidden_state[:, 0 if whole else 1 :]
 
 
 def _flamingo(module: nn.Module, text: int, note: Note) -> None:
