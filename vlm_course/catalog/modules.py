@@ -14,61 +14,9 @@ from vlm_course import h_reducer
 from vlm_course.attention import attend
 from vlm_course.bridges import PerceiverResampler
 from vlm_course.fusion import GatedCrossAttention, media_mask
+from vlm_course.query_resampler import QueryResampler
+from vlm_course.token_resampler import TokenResampler
 from vlm_course.vit import VisionTransformer, ViTConfig, select_features
-
-
-class QueryResampler(nn.Module):
-    """Qwen-VL's bridge: one cross-attention of learned queries to the patches, a norm and a square projection.
-
-    forward: [B, N, D_vision] -> [B, queries, D_llm]. The positions of the queries are fixed, yet stored.
-    Source: Yuliang-Liu/Monkey, monkey_model/text_monkey/visual_text.py, VisionTransformer and Resampler, derived from
-    Qwen-VL's visual.py.
-    """
-
-    def __init__(self, *, vision_dim: int, llm_dim: int, queries: int):
-        super().__init__()
-        self.queries = nn.Parameter(torch.empty(queries, llm_dim))
-        self.positions = nn.Parameter(torch.empty(queries, llm_dim), requires_grad=False)
-        self.widen = nn.Linear(vision_dim, llm_dim, bias=False)
-        self.attention = nn.MultiheadAttention(llm_dim, llm_dim // 128, batch_first=True)
-        self.norm_queries, self.norm_keys, self.norm = (nn.LayerNorm(llm_dim) for _ in range(3))
-        self.project = nn.Linear(llm_dim, llm_dim, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        keys = self.norm_keys(self.widen(features))  # [B, N, D_vision] -> [B, N, D_llm]
-        queries = self.norm_queries(self.queries).expand(len(features), -1, -1)  # [M, D_llm] -> [B, M, D_llm]
-        read, _ = self.attention(queries, keys, keys, need_weights=False)  # [B, M, D_llm]
-        return self.project(self.norm(read))  # [B, M, D_llm]
-
-
-class TokenResampler(nn.Module):
-    """TextMonkey's: the `keep` tokens least like the others become queries that read all tokens.
-
-    forward: [B, N, D] -> [B, keep, D]. Which tokens are kept does not change a shape, so here they are the first ones.
-    Source: Yuliang-Liu/Monkey, monkey_model/text_monkey/resampler.py, PerceiverResampler.
-    """
-
-    def __init__(self, *, width: int, inner: int, heads: int, head_dim: int, keep: int):
-        super().__init__()
-        self.keep, self.heads = keep, heads
-        self.down = nn.Linear(width, inner, bias=False)
-        self.norm_media, self.norm_latents = nn.LayerNorm(inner), nn.LayerNorm(inner)
-        self.to_q = nn.Linear(inner, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(inner, 2 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, inner, bias=False)
-        self.norm = nn.LayerNorm(inner)
-        self.fc1 = nn.Linear(inner, inner, bias=False)
-        self.fc2 = nn.Linear(inner, width, bias=False)
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        kept = tokens[:, : self.keep]  # [B, N, D] -> [B, M, D]
-        latents = self.norm_latents(self.down(kept))  # [B, M, D] -> [B, M, inner]
-        context = torch.cat([self.norm_media(self.down(tokens)), latents], dim=1)  # [B, N+M, inner]
-        parts = (self.to_q(latents), *self.to_kv(context).chunk(2, dim=-1))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # [B, H, T, d]
-        read = self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))  # [B, M, inner]
-        return kept + self.scale * self.fc2(nn.functional.gelu(self.fc1(self.norm(read))))  # [B, M, D]
 
 
 class WindowedResampler(nn.Module):
@@ -81,8 +29,8 @@ class WindowedResampler(nn.Module):
 
     def __init__(self, *, vision_dim: int, llm_dim: int, queries: int, keep: int):
         super().__init__()
-        self.windows = QueryResampler(vision_dim=vision_dim, llm_dim=llm_dim, queries=queries)
-        self.tokens = TokenResampler(width=llm_dim, inner=1024, heads=8, head_dim=128, keep=keep)
+        self.windows = QueryResampler(vision_dim, llm_dim, queries=queries)
+        self.tokens = TokenResampler(llm_dim, keep=keep)
 
     def forward(self, features: Tensor) -> Tensor:
         tokens = self.windows(features)  # [windows + 1, N, D_vision] -> [windows + 1, queries, D_llm]

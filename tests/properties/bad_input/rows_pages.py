@@ -7,7 +7,9 @@ from vlm_course.abstractor import AbstractorLayer, VisualAbstractor
 from vlm_course.decoder import Decoder, DecoderConfig
 from vlm_course.documents import LayoutEmbedding
 from vlm_course.h_reducer import HReducer
+from vlm_course.query_resampler import QueryResampler
 from vlm_course.shape_cropping import CropPositions
+from vlm_course.token_resampler import TokenResampler
 
 NAN = float("nan")
 CANVASES = [(4, 8), (8, 4), (8, 8)]
@@ -151,3 +153,19 @@ row("abstractor.VisualAbstractor.forward",
     _on=lambda s: VisualAbstractor(6, 4, queries=2, layers=1, heads=2, mlp_width=5, places=3),
     features=F("B N D"), places=I("B 2"), _fix={"D": 6}, _low={"B": 2},
     _bad=[({"places": None}, "no places", "3 rows")])  # fmt: skip
+
+# --- Qwen-VL, TextMonkey
+
+row("query_resampler.sincos_positions", side=2, dim=8, _least={"dim": 4}, _bad=[({"dim": 6}, "6", "4")])
+row("query_resampler.QueryResampler", vision_dim=3, llm_dim=8, queries=4, heads=2, _least={"llm_dim": 4},
+    _bad=[({"queries": 3}, "3", "square"), ({"llm_dim": 6}, "6", "4"), ({"heads": 3}, "8", "3")])  # fmt: skip
+row("query_resampler.QueryResampler.forward", _on=lambda s: QueryResampler(3, 8, queries=4, heads=2),
+    features=F("B 9 D"), _fix={"D": 3})  # fmt: skip
+row("query_resampler.QueryResampler.key_positions", _on=lambda s: QueryResampler(3, 8, queries=4, heads=2), patches=9,
+    _bad=[({"patches": 8}, "8", "square")])  # fmt: skip
+row("token_resampler.distinct_tokens", tokens=F("B 4 D"), keep=3, _free={"tokens.4+1": "more tokens may be given"},
+    _bad=[({"keep": 5}, "5", "4")])  # fmt: skip
+row("token_resampler.TokenResampler", dim=4, inner=6, heads=2, keep=3, _bad=[({"heads": 4}, "6", "4")])
+row("token_resampler.TokenResampler.forward", _on=lambda s: TokenResampler(4, inner=6, heads=2, keep=3),
+    tokens=F("B 4 D"), _fix={"D": 4}, _free={"tokens.4+1": "more tokens may be given"},
+    _bad=[({"tokens": torch.zeros(1, 2, 4)}, "3", "2")])  # fmt: skip
