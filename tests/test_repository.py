@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 README = (ROOT / "README.md").read_text()
+OLDEST = runpy.run_path(str(ROOT / "tests" / "oldest.py"))
 MEGABYTE = 2**20
 BINARY = {".png", ".jpg", ".gif", ".safetensors", ".webp", ".tif", ".bmp"}
 # Written in pieces, so that this file does not contain what it looks for.
@@ -82,8 +84,30 @@ def test_pins_lie_within_the_declared_ranges():
         assert need.specifier.contains(versions[canonicalize_name(need.name)]), text
 
 
+@pytest.mark.parametrize("extra", ["finetune", "course"])
+def test_the_oldest_environment_is_at_the_lower_bounds(extra):
+    lines = OLDEST["oldest_pins"](PROJECT, (ROOT / "constraints.txt").read_text())
+    oldest = [Requirement(line) for line in lines]
+    versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in oldest}
+    assert len(versions) == len(oldest)
+    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]:
+        need = Requirement(text)
+        assert f">={versions[canonicalize_name(need.name)]}" in map(str, need.specifier), text
+        assert need.specifier.contains(versions[canonicalize_name(need.name)]), text
+
+
+@pytest.mark.parametrize(
+    ("extra", "wrong"), [(["torch"], "'torch' starts no range"), (["torch>=2"], "torch starts at 2.11 and at 2:")]
+)
+def test_a_range_without_one_lower_bound_is_named(extra, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        OLDEST["lower_bounds"]({"dependencies": ["torch>=2.11"], "optional-dependencies": {"more": extra}})
+
+
 def test_the_whole_closure_is_pinned():
     pinned = {canonicalize_name(pin.name) for pin in pins()}
+    if f"torch=={importlib.metadata.version('torch').split('+')[0]}" not in map(str, pins()):
+        pytest.skip("another environment, such as that of make test-oldest, has a closure of its own")
     seen, waiting = set(), [("vlm-course", frozenset({"course"}))]
     while waiting:
         name, extras = waiting.pop()
