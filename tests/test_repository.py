@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +75,14 @@ def test_every_pin_is_exact_and_portable():
         assert pin.url is None and not pin.extras, pin
     unconditional = [canonicalize_name(pin.name) for pin in pins()]
     assert len(unconditional) == len(set(unconditional))
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    installed = [dist for dist in importlib.metadata.distributions() if dist.metadata["Requires-Python"]]
+    named = {canonicalize_name(pin.name) for pin in pins()}
+    needs = {dist.name: dist.metadata["Requires-Python"] for dist in installed if canonicalize_name(dist.name) in named}
+    assert needs and not {name: need for name, need in needs.items() if oldest not in SpecifierSet(need)}
 
 
 def test_pins_lie_within_the_declared_ranges():
