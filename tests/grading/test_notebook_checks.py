@@ -214,8 +214,8 @@ def test_a_kernel_shows_the_sentence_and_no_stack():
     assert not [output for output in notebook.cells[5].outputs if output.output_type == "error"]
 
 
-def test_answers_are_never_given_the_oracles_tensors():
-    """An answer that writes into its input harms only itself."""
+def test_an_answer_that_writes_into_its_input_is_told():
+    """It would change the tower's own weights in a later cell. The oracle's tensors stay whole."""
 
     class Vandal(Right):
         def forward(self, x):
@@ -223,7 +223,21 @@ def test_answers_are_never_given_the_oracles_tensors():
             x.zero_()
             return out
 
-    check("vision_projection", {"VisionProjection": Vandal})
+    with pytest.raises(AnswerError, match="changes its argument number 1"):
+        check("vision_projection", {"VisionProjection": Vandal})
+    check("vision_projection", {"VisionProjection": Right})
+
+
+def test_lists_are_inputs_too():
+    def pack_row(ids, labels):
+        for row in labels:
+            row[0] = -100
+        row, targets = ([item for row in rows for item in row] for rows in (ids, labels))
+        documents = [number for number, row in enumerate(ids) for _ in row]
+        return row, targets, documents, [place for row in ids for place in range(len(row))]
+
+    with pytest.raises(AnswerError, match="changes its argument number 2"):
+        check("pack_row", {"pack_row": pack_row})
 
 
 def test_close_is_not_close_enough():

@@ -42,7 +42,7 @@ class Answer(Protocol):
         """Construct the module; names and shapes of its parameters, in order. On "meta" it has no numbers."""
 
     def load(self, values: Tensors) -> None:
-        """Set the parameters, by the answer's own names."""
+        """Set the parameters, by the answer's own names; others keep what the answer gave them."""
 
     def call(self, arguments: tuple[Value, ...]) -> Value | Opaque:
         """Call the module that was built, or the function."""
@@ -84,6 +84,22 @@ def _imported(place: str) -> Callable:
     return getattr(importlib.import_module(module), name)
 
 
+def _copy(value: Value, device: str) -> Value:
+    """An argument of the answer's own, lists in it too."""
+    if isinstance(value, torch.Tensor):
+        return value.clone().to(device)
+    return type(value)(_copy(item, device) for item in value) if type(value) in (list, tuple) else value
+
+
+def _untouched(before: Value, after: Value) -> bool:
+    """Whether a copied argument is still what it was. On the meta device nothing can tell."""
+    if isinstance(before, torch.Tensor):
+        return after.device.type == "meta" or (before.shape == after.shape and torch.equal(before, after))
+    if type(before) in (list, tuple):
+        return len(before) == len(after) and all(map(_untouched, before, after))
+    return before is after or not isinstance(before, int | float | str) or before == after
+
+
 class LocalAnswer:
     """An answer in this process. `off_limits` are definitions of the package that an answer may not lean on; `driver`
     uses the answer where calling it is not enough (see `FunctionInterface`)."""
@@ -120,14 +136,18 @@ class LocalAnswer:
     def load(self, values: Tensors) -> None:
         with torch.no_grad():
             for name, parameter in self._module.named_parameters():
-                parameter.copy_(values[name])
+                if name in values:
+                    parameter.copy_(values[name])
 
     def call(self, arguments: tuple[Value, ...]) -> Value | Opaque:
         target = self._module if self._module is not None else self._target
-        fresh = [v.clone().to(self._device) if isinstance(v, torch.Tensor) else v for v in arguments]
+        fresh = [_copy(value, self._device) for value in arguments]
         with self._guard(), self._place():
             self._refuse_twin(target)
             result = self._drive(target, *fresh) if self._drive else target(*fresh)
+            for number, (before, after) in enumerate(zip(arguments, fresh, strict=True), 1):
+                if not _untouched(before, after):
+                    raise Failure("error", f"It changes its argument number {number}, which others still use: copy it.")
             trainable = self._module is not None and any(p.requires_grad for p in self._module.parameters())
             if trainable and isinstance(result, torch.Tensor) and not result.requires_grad:
                 cut = "The result is cut off from the parameters (detach, .data or no_grad): nothing could be trained."

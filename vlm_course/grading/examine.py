@@ -53,6 +53,17 @@ def _assign(shapes: list[tuple[str, Shape]], values: Tensors) -> Tensors | None:
     return {name: waiting[shape].pop(0) for name, shape in shapes}
 
 
+def _readings(exercise: Exercise, case: Case, shapes: list[tuple[str, Shape]], drawn: Tensors) -> list[Tensors]:
+    """The drawn values under the answer's own names, for every layout that fits, but for those that `starts` names."""
+    found = []
+    stays = {name: torch.full_like(value, float(name in case.starts)) for name, value in drawn.items()}
+    for layout in exercise.interface.layouts:
+        values, kept = _assign(shapes, layout(drawn)), _assign(shapes, layout(stays))
+        if values is not None:
+            found.append({name: value for name, value in values.items() if not kept[name].any()})
+    return found
+
+
 def _call(answer: Answer, case: Case, atol: float) -> Value | Opaque:
     arguments = tuple(case.call.values())
     result = answer.call(arguments)
@@ -81,8 +92,7 @@ def _run_module(exercise: Exercise, answer: Answer, case: Case, drawn: Tensors, 
     sketched = device == "meta"
     try:
         shapes = answer.build(case.construct, exercise.interface.positional, device)
-        layouts = [_assign(shapes, layout(drawn)) for layout in exercise.interface.layouts]
-        readings = [values for values in layouts if values is not None]
+        readings = _readings(exercise, case, shapes, drawn)
         if not readings:
             return _without_parameters(answer, case, shapes)
         if not case.values:
@@ -164,6 +174,7 @@ def examine(exercise: Exercise, answer: Answer, seed: int = 0) -> Verdict:
         drawn: Tensors = {}
         if isinstance(exercise.interface, ModuleInterface):
             drawn = draw(exercise.interface.parameters(case.construct), 1000 * seed + number)
+            drawn |= {name: torch.zeros_like(drawn[name]) for name in case.starts}
         outcome = _run(exercise, answer, case, drawn)
         if outcome.failure and outcome.failure.kind in _FINAL:
             attempted = outcome.failure.kind != "not_attempted"

@@ -19,12 +19,14 @@ class Case:
     """One call of the answer.
 
     `call` holds the arguments by name, in their order; `construct` those of a module's constructor. With `values` False
-    only the shapes are compared (a case at a real model's size, where the oracle's loops would take minutes).
+    only the shapes are compared (a case at a real model's size, where the oracle's loops would take minutes). `starts`
+    names parameters that must start at zero: they are left as the answer made them, and the oracle gets zeros.
     """
 
     call: dict[str, Value]
     construct: dict[str, Value] = field(default_factory=dict)
     values: bool = True
+    starts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

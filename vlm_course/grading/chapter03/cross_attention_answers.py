@@ -16,6 +16,7 @@ class Block(nn.Module):
         self, *, dim, media_dim, heads=8, head_dim=64, norm=nn.LayerNorm, activation=nn.GELU, feed_forward=None,
         bias=False, squash=torch.tanh, gates="both", how="", masking="", query_norm=True, ff_norm=True, residual=True,
         ff_residual=True, parallel=False, run_ff=True, one_gate=False, media_order="", read_again=False, wide=4,
+        start=0.0,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.dim, self.head_dim = heads, dim, head_dim
@@ -24,12 +25,12 @@ class Block(nn.Module):
         self.to_k = nn.Linear(media_dim, heads * head_dim, bias=bias)
         self.to_v = nn.Linear(media_dim, heads * head_dim, bias=bias)
         self.to_out = nn.Linear(heads * head_dim, dim, bias=bias)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.attention_gate = nn.Parameter(torch.full((1,), start))
         self.feed_forward = nn.Sequential(
             norm(dim), nn.Linear(dim, wide * dim, bias=bias), activation(), nn.Linear(wide * dim, dim, bias=bias)
         )
         if not one_gate:
-            self.feed_forward_gate = nn.Parameter(torch.zeros(1))
+            self.feed_forward_gate = nn.Parameter(torch.full((1,), start))
         self.squash, self.gates, self.how, self.masking = squash, gates, how, masking
         self.query_norm, self.ff_norm, self.residual, self.ff_residual = query_norm, ff_norm, residual, ff_residual
         self.parallel, self.run_ff, self.media_order, self.read_again = parallel, run_ff, media_order, read_again
@@ -106,7 +107,10 @@ MISTAKES = {
     ),
     "no gates": wrong("No gate is used: each half is multiplied by the tanh of its own gate.", gates="none"),
     "gates swapped": wrong("Your two gates are exchanged.", gates="swapped"),
-    "one gate for both": wrong("One gate serves both halves: each has its own.", one_gate=True),
+    "one gate for both": wrong("A gate is missing: each half has its own, an nn.Parameter.", one_gate=True),
+    "gates start open": wrong(
+        "Your gates start open: they start at zero, torch.zeros(1), so that a new block changes nothing.", start=1.0
+    ),
     "queries not normed": wrong("The text goes into the attention without its norm.", query_norm=False),
     "feed-forward not normed": wrong("The feed-forward net skips the norm that stands in it.", ff_norm=False),
     "no residual around attention": wrong("What was read replaces the text: it is added to it.", residual=False),

@@ -71,19 +71,21 @@ def oracle(
 def cases(seed: int) -> list[Case]:
     generator = torch.Generator().manual_seed(seed)
 
-    def case(images_seen: list[list[int]], n_images: int, tokens: int, **construct: int) -> Case:
+    def case(images_seen: list[list[int]], n_images: int, tokens: int, starts: tuple = (), **construct: int) -> Case:
         """`images_seen` gives, for every token, the image that it reads, counted from 1; 0 is none."""
         # Off centre and wide, so that a missing norm shows.
         text = 1 + 2 * torch.randn(len(images_seen), len(images_seen[0]), construct["dim"], generator=generator)
         media = 2 * torch.randn(len(images_seen), n_images, tokens, construct["media_dim"], generator=generator)
         mask = torch.tensor(images_seen)[..., None] == torch.arange(1, n_images + 1)
-        return Case({"text": text, "media": media, "mask": mask}, construct)
+        return Case({"text": text, "media": media, "mask": mask}, construct, starts=starts)
 
     # Every width differs from every other, and there are more images than one: equal numbers hide exchanged axes.
     return [
         case([[0, 1, 1, 2, 2], [1, 1, 2, 2, 2]], 2, 3, dim=6, media_dim=5, heads=2, head_dim=4),
         case([[0, 0, 1, 2, 3], [1, 2, 2, 3, 3], [0, 1, 1, 1, 1]], 3, 2, dim=8, media_dim=9, heads=3, head_dim=2),
         case([[0, 1, 1]], 1, 4, dim=5, media_dim=7, heads=1, head_dim=6),
+        # A new block must change nothing, whatever its other weights are.
+        case([[0, 1, 2]], 2, 2, ("attention_gate", "feed_forward_gate"), dim=6, media_dim=5, heads=2, head_dim=3),
     ]
 
 
