@@ -182,6 +182,10 @@ def test_numpys_results_count_as_ours():
         ({"a": 1}, {"a": 1, "b": 2}, False),
         (None, None, True),
         ("a", "a", True),
+        (torch.ones(2), torch.ones(2, dtype=torch.bool), False),  # attention would add it to the scores
+        (torch.ones(2, dtype=torch.int32), torch.ones(2, dtype=torch.bool), False),
+        (torch.ones(2), torch.ones(2, dtype=torch.long), False),
+        (torch.ones(2, dtype=torch.int32), torch.ones(2, dtype=torch.long), True),
     ],
 )
 def test_agree(got, want, right):
@@ -214,7 +218,17 @@ def test_show(value, words):
     ("got", "want", "words"),
     [
         (None, torch.zeros(2), "Nothing came back"),
-        ([1.0], torch.zeros(2), "should be a tensor of shape (2,)"),
+        (1.0, torch.zeros(2), "should be a tensor of shape (2,)"),
+        ((1.0, 2.0), torch.zeros(2), "one tensor of shape (2,); yours is a list or tuple"),
+        (torch.ones(2), torch.ones(2).bool(), "booleans, torch.bool; yours is torch.float32"),
+        (torch.zeros(1).half(), torch.ones(1), "torch.float16, which rounds"),
+        ((1, 2), (1, 2, 3), "should have 3 entries; yours has 2"),
+        (((1,), "b"), ((1,), "c"), "Entry 1 of 2, counted from 0: The answer here is 'c'; yours is 'b'"),
+        (tuple(range(1, 26)), tuple(range(25)), "Entry 0 of 25, counted from 0: The answer here is 0; yours is 1"),
+        (torch.zeros(2), (1, 2), "list or tuple of 2 entries; yours is a tensor of shape (2,)"),
+        ("a" * 30 + "c" + "d" * 30, "a" * 30 + "b" + "d" * 30, "From character 30 on"),
+        ("a" * 30, "a" * 31, "From character 30 on"),
+        (1.00000001, 1.0, "The answer here is 1.0; yours is 1.00000001"),
         (torch.zeros(3), torch.zeros(2), "the shape (2,); yours has (3,)"),
         (torch.tensor([math.nan]), torch.zeros(1), "NaN or infinity"),
         (torch.tensor([0.5]), torch.zeros(1), "largest difference is 0.5"),

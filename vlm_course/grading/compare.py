@@ -35,6 +35,13 @@ def _number(value) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _other_kind(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether the numbers are of another kind, which later code takes otherwise: attention adds a mask of numbers."""
+    if want.dtype == torch.bool:
+        return got.dtype != torch.bool
+    return not want.is_floating_point() and got.is_floating_point()
+
+
 def agree(got: Value | Opaque, want: Value, atol: float, *, values: bool = True) -> bool:
     """Whether `got` is right: tensors within atol (and 1e-5 of their scale), whole numbers exactly."""
     if isinstance(want, torch.Tensor):
@@ -42,6 +49,8 @@ def agree(got: Value | Opaque, want: Value, atol: float, *, values: bool = True)
             return False
         if not values:
             return True
+        if _other_kind(got, want):
+            return False
         want = want.double()
         scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
         return torch.allclose(got.double(), want, atol=atol * scale, rtol=0)
@@ -88,14 +97,20 @@ def difference(got: Value | Opaque, want: Value) -> str:
     if got is None:
         return "Nothing came back: is a return statement missing?"
     if isinstance(want, torch.Tensor):
+        if isinstance(got, tuple):
+            return f"The result should be one tensor of shape {tuple(want.shape)}; yours is a list or tuple."
         if not isinstance(got, torch.Tensor):
             return f"The result should be a tensor of shape {tuple(want.shape)}; yours is {show(got)}."
         if got.shape != want.shape:
             return f"The result should have the shape {tuple(want.shape)}; yours has {tuple(got.shape)}."
+        if _other_kind(got, want):
+            kind = "booleans" if want.dtype == torch.bool else "whole numbers"
+            return f"The result should hold {kind}, {want.dtype}; yours is {got.dtype}."
         if not torch.isfinite(got).all():
             return "The shape is right, but the result contains NaN or infinity."
         largest = (got.double() - want.double()).abs().max().item()
-        return f"The shape is right, the values are not: the largest difference is {largest:.2g}."
+        coarse = f" (it is {got.dtype}, which rounds)" if got.dtype in (torch.float16, torch.bfloat16) else ""
+        return f"The shape is right, the values are not: the largest difference is {largest:.2g}{coarse}."
     if isinstance(want, dict):
         if not isinstance(got, dict):
             return f"The result should be {show(want)}; yours is {show(got)}."
@@ -108,7 +123,33 @@ def difference(got: Value | Opaque, want: Value) -> str:
                 return f"The entry {key!r} should be {show(want[key])}; yours is {show(got[key])}."
         extra = next(key for key in got if key not in want)
         return f"The result has an entry {extra!r} too many; it should be {show(want)}."
+    if isinstance(want, tuple) and isinstance(got, tuple) and len(got) == len(want) and _is_long(want):
+        place = next(i for i, (g, w) in enumerate(zip(got, want, strict=True)) if not agree(g, w, 0.0))
+        return f"Entry {place} of {len(want)}, counted from 0: {difference(got[place], want[place])}"
+    if isinstance(want, tuple) and isinstance(got, tuple) and len(got) != len(want):
+        return f"The result should have {len(want)} entries; yours has {len(got)}."
+    if isinstance(want, tuple) and not isinstance(got, tuple):
+        return f"The result should be a list or tuple of {len(want)} entries; yours is {show(got)}."
+    if isinstance(want, str) and isinstance(got, str) and len(want) > _SHORT:
+        return _strings_differ(got, want)
+    if show(got) == show(want):  # they differ behind the digits that are shown
+        return f"The answer here is {want!r}; yours is {got!r}."
     return f"The answer here is {show(want)}; yours is {show(got)}."
+
+
+_SHORT = 20  # characters of a text, and numbers in a row, that are read at a glance
+
+
+def _is_long(value: tuple) -> bool:
+    return len(value) > _SHORT or any(not isinstance(item, int | float) for item in value)
+
+
+def _strings_differ(got: str, want: str) -> str:
+    """Where two texts part, with a little of what stands around that place."""
+    place = next((i for i, (g, w) in enumerate(zip(got, want, strict=False)) if g != w), min(len(got), len(want)))
+    start = max(0, place - _SHORT // 2)
+    right, wrong = (repr(text[start : place + _SHORT]) for text in (want, got))
+    return f"From character {place} on the texts differ: {right} is right, yours has {wrong}."
 
 
 def parameters_differ(got: list[tuple[str, Shape]], want: dict[str, Shape]) -> str:

@@ -158,6 +158,10 @@ MEDIA_MASK = Exercise(
         "text before reads the first": Mistake(
             "Text before the first image reads that image: it reads none.", before_as_first
         ),
+        "numbers": Mistake(
+            "Your mask holds numbers: make it boolean, or attention adds it to the scores and hides nothing.",
+            lambda ids, image_id, n_images: right(ids, image_id, n_images).float(),
+        ),
         "axes swapped": Mistake("Your result is [B, n_images, T]: tokens come before images.", axes_swapped),
     },
     also_correct={"by one_hot": by_one_hot, "image by image": image_by_image, "by comparison": right},

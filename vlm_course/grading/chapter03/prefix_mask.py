@@ -150,6 +150,10 @@ PREFIX_MASK = Exercise(
         "and for or": Mistake(
             "You combined causal and prefix with &: a key may be seen if it is earlier or in the prefix.", and_for_or
         ),
+        "numbers": Mistake(
+            "Your mask holds numbers: make it boolean, or attention adds it to the scores and hides nothing.",
+            lambda lengths, length: right(lengths, length).float(),
+        ),
         "no head axis": Mistake("The result needs an axis for the heads: [B, 1, length, length].", no_head_axis),
     },
     also_correct={"by the last key": by_maximum, "by assignment": by_assignment, "by or": right},
