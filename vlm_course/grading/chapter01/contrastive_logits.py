@@ -66,6 +66,7 @@ CONTRASTIVE_LOGITS = Exercise(
             "logit_scale": "tensor [], logarithm of the factor",
         },
         "tensor [B, B'], rows images",
+        driver="vlm_course.grading.gradients:kept",
     ),
     oracle=oracle,
     cases=cases,

@@ -59,7 +59,11 @@ CONTRASTIVE_LOSS = Exercise(
     ),
     attribute="contrastive_loss",
     twin="vlm_course.contrastive:contrastive_loss",
-    interface=FunctionInterface({"logits": "tensor [B, B], rows images, columns captions"}, "tensor []"),
+    interface=FunctionInterface(
+        {"logits": "tensor [B, B], rows images, columns captions"},
+        "tensor []",
+        driver="vlm_course.grading.gradients:kept",
+    ),
     oracle=oracle,
     cases=cases,
     mistakes={
@@ -111,6 +115,10 @@ CONTRASTIVE_LOSS = Exercise(
         "a plain number": Mistake(
             "You return a Python number: a loss stays a tensor, or nothing can be learned from it.",
             lambda x: ((one_way(x) + one_way(x.T)) / 2).item(),
+        ),
+        "cut off": Mistake(
+            "Your loss is cut off from the logits by no_grad, detach or .item(): nothing can be learned from it.",
+            lambda x: ((one_way(x) + one_way(x.T)) / 2).detach(),
         ),
     },
     also_correct={"by logsumexp": by_logsumexp, "by log_softmax": by_log_softmax},

@@ -111,6 +111,7 @@ RESPONSE_LOSS = Exercise(
     interface=FunctionInterface(
         {"logits": "tensor [B, T, V]", "labels": "tensor [B, T]", "ignore": "integer", "count": "integer or None"},
         "scalar tensor, in nats",
+        driver="vlm_course.grading.gradients:kept",
     ),
     oracle=oracle,
     cases=cases,
@@ -157,6 +158,14 @@ RESPONSE_LOSS = Exercise(
         "sign": Mistake(
             "The sign is wrong: a cross-entropy is never negative.",
             lambda g, t, i=-100, c=None: -answer(g, t, i, c),
+        ),
+        "cut off": Mistake(
+            "Your loss is cut off from the logits by no_grad, detach or .item(): nothing can be learned from it.",
+            lambda g, t, i=-100, c=None: answer(g, t, i, c).detach(),
+        ),
+        "a plain number": Mistake(
+            "You return a Python number: a loss stays a tensor, or nothing can be learned from it.",
+            lambda g, t, i=-100, c=None: answer(g, t, i, c).item(),
         ),
     },
     also_correct={"picked out": gathered, "selected": selected},
