@@ -88,6 +88,17 @@ def all_new_again(model, ids, pixels, limit, eos):
     )
 
 
+def never_seen(model, ids, pixels, limit, eos):
+    """Embeds the placeholders as words."""
+    cache, step, new = PlainKVCache(), ids, []
+    for _ in range(limit):
+        step = model.decoder(model.decoder.embed(step), cache=cache)[:, -1].argmax(-1, keepdim=True)
+        new.append(step)
+        if step.item() == eos:
+            break
+    return torch.cat(new, 1)
+
+
 def last_word_twice(model, ids, pixels, limit, eos):
     """Fills the cache with the prompt, then starts the loop with the prompt's last word."""
     cache = PlainKVCache()
@@ -179,8 +190,20 @@ GREEDY_CACHED = Exercise(
             all_new_again,
         ),
         "new cache every step": Mistake(
-            "You make a new cache in every step, so the model forgets the prompt: make it once, before the loop.",
+            "Later steps do not find the prompt: make one cache, before the loop, and hand it to every pass.",
             made(renew=True),
+        ),
+        "image never read": Mistake(
+            "The image is never read: model.embed(ids, pixels) embeds the prompt with it, decoder.embed only words.",
+            never_seen,
+        ),
+        "old word again": Mistake(
+            "You hand over the prompt's last word at each step: hand over the new token.",
+            made(feed=lambda model, token, ids, new: model.decoder.embed(ids[:, -1:])),
+        ),
+        "no limit": Mistake(
+            "Without an <eos> your loop never ends: write at most max_new_tokens.",
+            lambda m, i, p, n, e: loop(m, i, p, 10_000, e),
         ),
         "last word twice": Mistake(
             "The last word of the prompt is read twice: the first new token comes from the pass over the prompt.",

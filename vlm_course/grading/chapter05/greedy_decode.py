@@ -109,6 +109,10 @@ GREEDY_DECODE = Exercise(
         "one token too many": Mistake(
             "You write one token more than max_new_tokens.", lambda m, i, p, n, e: loop(m, i, p, n + 1, e)
         ),
+        "no limit": Mistake(
+            "Without an <eos> your loop never ends: write at most max_new_tokens.",
+            lambda m, i, p, n, e: loop(m, i, p, 10_000, e),
+        ),
         "one token too few": Mistake(
             "You write one token fewer than max_new_tokens allows.", lambda m, i, p, n, e: loop(m, i, p, n - 1, e)
         ),

@@ -2,6 +2,7 @@
 
 import torch
 
+from vlm_course.grading.answers import Failure
 from vlm_course.grading.exercise import Case, Exercise, FunctionInterface, Mistake
 
 NOT_EMPTY = {"length": "more than 0 in a new cache", "update": ()}
@@ -13,6 +14,8 @@ def drive(answer, first, second, layers):
     first, second: keys and values of the new tokens, [2, layers, B, H, T, d]. Returns what every call gave, and the
     lengths before, between and after. A new cache that is not empty ends it: what it holds depends on earlier calls.
     """
+    if callable(getattr(answer(), "length", None)):
+        raise Failure("error", "length is a method of your cache: keep the @property above it, it is read as a number.")
     if answer().length:
         return NOT_EMPTY
     cache = answer()

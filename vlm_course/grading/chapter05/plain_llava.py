@@ -24,6 +24,9 @@ def drive(answer, seed, feature_layer, ids, pixels, real):
     if wanted != found:
         has = ", ".join(name for name, _ in model.named_children()) or "none"
         missing = next((k for k in wanted if found.get(k) != wanted[k]), next(iter(found.keys() - wanted.keys()), ""))
+        if missing in wanted and missing in found:
+            expected, got = (tuple(shapes[missing]) for shapes in (wanted, found))
+            raise ValueError(f"{missing} has the shape {got}, the trained one {expected}: two widths may be exchanged")
         raise ValueError(
             f"the trained weights do not fit: the model needs the parts {', '.join(PARTS)} and has {has}; "
             f"the first that does not fit is {missing}"
