@@ -3,7 +3,7 @@
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from vlm_course.build.normalise import WIDGETS, keep_times, normalise, output_problems
+from vlm_course.build.normalise import SHOWN_ABOVE, WIDGETS, keep_times, normalise, output_problems
 from vlm_course.build.source import NOTEBOOK_METADATA
 
 
@@ -45,6 +45,24 @@ def test_widget_models_are_renamed_wherever_they_are_mentioned():
     slider, box = state
     assert state[box].state.children == [f"IPY_MODEL_{slider}"]
     assert a.cells[0].outputs[0].data["application/vnd.jupyter.widget-view+json"].model_id == box
+
+
+def test_a_picture_is_stored_once_and_stays_where_it_is_seen_without_widgets():
+    def image(data):
+        return f'<img alt="a slider &gt; a star" src="data:image/webp;base64,{data}">'
+
+    first, later = image("AAAA"), image("BBBB")
+    models = {
+        "1" * 32: {"model_name": "HTMLModel", "state": {"value": first, "layout": None}},
+        "2" * 32: {"model_name": "HTMLModel", "state": {"value": later}},
+        "3" * 32: {"model_name": "LayoutModel", "state": {"_model_name": "LayoutModel", "width": "auto", "top": None}},
+    }
+    out = new_output("display_data", data={"text/html": first, "text/plain": "Figure: a star"})
+    made = normalise(notebook([out], widgets={WIDGETS: {"state": models}}), "00_x")
+    assert made.cells[0].outputs[0].data["text/html"] == first
+    shown, moved, layout = made.metadata.widgets[WIDGETS]["state"].values()
+    assert shown.state == {"value": SHOWN_ABOVE, "layout": None} and moved.state == {"value": later}
+    assert layout.state == {"_model_name": "LayoutModel", "width": "auto"}
 
 
 def test_what_a_solved_notebook_must_not_show(tmp_path):

@@ -1,6 +1,7 @@
 """The simulations of chapter 0, driven through their real widgets on a small untrained model."""
 
 import html
+import io
 import re
 
 import pytest
@@ -169,8 +170,27 @@ def test_the_plane_keeps_all_of_flat_data_and_names_unequal_widths():
 
 def test_the_picture_carries_its_alt_text_and_is_the_same_bytes_each_time(towers):
     first, again = towers.frame().picture(), towers.frame().picture()
-    assert first.png == again.png
+    assert first.data == again.data
     assert html.escape(first.alt) in first.html() and len(first.alt.split()) > 15
+
+
+def test_without_webp_a_figure_is_a_png_of_the_same_pixels(towers, monkeypatch):
+    from PIL import Image, features
+
+    def pixels(picture):
+        return picture.kind, Image.open(io.BytesIO(picture.data)).convert("RGB")
+
+    kind, small = pixels(towers.frame().picture())
+    monkeypatch.setattr(features, "check", lambda name: False)
+    other, large = pixels(towers.frame().picture())
+    assert (kind, other) == ("webp", "png") and small.tobytes() == large.tobytes()
+
+
+def test_the_picture_beside_the_widget_is_the_same_bytes(towers, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    towers.first_frame()
+    assert shown[0].html() == towers.figure.value
 
 
 def test_the_first_frame_needs_no_widget(towers, capsys):

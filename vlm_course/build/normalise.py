@@ -16,6 +16,11 @@ UUID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{1
 KERNEL_FILE = re.compile(r"/tmp/ipykernel_\d+/\d+\.py")
 SVG_ID = re.compile(r'(?<=\bid=")[A-Za-z]+[0-9a-f]{10}(?=")')
 SVG_DATE = re.compile(r"<dc:date>[^<]*</dc:date>")
+IMAGE = re.compile(r'<img [^>]*src="(data:image/[^"]+)"[^>]*>')
+SHOWN_ABOVE = (
+    "<p>The picture above is the first one. Run the cells of this chapter: the next ones appear here and follow the "
+    "controls.</p>"
+)
 
 
 def normalise(notebook, slug: str):
@@ -29,6 +34,7 @@ def normalise(notebook, slug: str):
             output.update(_constant(output))
     if "widgets" in notebook.metadata:
         notebook.metadata.widgets = _constant(notebook.metadata.widgets)
+        _shorten(notebook)
     return _rename_ids(notebook, slug)
 
 
@@ -71,6 +77,22 @@ def _svg(text: str) -> str:
     for number, old in enumerate(dict.fromkeys(SVG_ID.findall(text))):
         text = re.sub(rf"\b{old}\b", f"{old[:-10]}{number:010d}", text)
     return text
+
+
+def _shorten(notebook) -> None:
+    """Leave out of the stored widgets what a reader has without them.
+
+    A picture that an output holds, too, is stored there alone: outputs are shown everywhere, widgets only where they
+    run. Of layouts and styles, what is not set is what every reader of widgets takes for granted.
+    """
+    outputs = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    for model in notebook.metadata.widgets.get(WIDGETS, {}).get("state", {}).values():
+        state = model.get("state", {})
+        for image in IMAGE.finditer(str(state.get("value", ""))):
+            if image[1] in outputs:
+                state["value"] = state["value"].replace(image[0], SHOWN_ABOVE)
+        if model.get("model_name", "").endswith(("LayoutModel", "StyleModel")):
+            model["state"] = {key: value for key, value in state.items() if value is not None}
 
 
 def _rename_ids(notebook, slug: str):

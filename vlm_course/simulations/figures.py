@@ -28,7 +28,9 @@ BLACK = "#1a1a1a"
 SEQUENTIAL = "cividis"  # for quantities from low to high
 DIVERGING = "PuOr_r"  # for quantities around zero
 
-DPI = 110
+PIXEL = 1 / 96  # inch: what a browser takes a pixel of a page for
+DPI = 144  # one and a half dots a pixel, so that lines and small words stay sharp on screens with fine dots
+WEBP = {"lossless": True, "quality": 50, "method": 2}  # effort, not loss: more of it saves nothing and takes longer
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -98,25 +100,26 @@ def draw_box(ax: Axes, box, label: str = "", colour: str = TEXT, dashed: bool = 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG that cannot be separated from its description.
+    """An image that cannot be separated from its description. `data` is an image file of the kind "webp" or "png".
 
     Notebooks show it as an HTML image with an alt text; where no image can be shown, and under `print`, the description
     stands in.
     """
 
-    png: bytes
+    data: bytes
     alt: str
     width: int
+    kind: str
 
     def __post_init__(self):
         if len(self.alt.split()) < 5:
             raise ValueError(f"an alt text says what the figure shows in at least five words, this one is {self.alt!r}")
 
     def html(self) -> str:
-        data = base64.b64encode(self.png).decode()
+        data = base64.b64encode(self.data).decode()
         fit = "max-width:100%;height:auto"  # a widget clips what is wider than the notebook
         alt = html.escape(self.alt)
-        return f'<img alt="{alt}" width="{self.width}" style="{fit}" src="data:image/png;base64,{data}">'
+        return f'<img alt="{alt}" width="{self.width}" style="{fit}" src="data:image/{self.kind};base64,{data}">'
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         return {"text/html": self.html(), "text/plain": f"Figure: {self.alt}"}
@@ -126,13 +129,18 @@ class Picture:
 
 
 def picture(figure: Figure, alt: str) -> Picture:
-    """Render a figure to PNG together with the words for a reader who does not see it.
+    """Render a figure together with the words for a reader who does not see it.
 
-    The same figure gives the same bytes.
+    As WebP without loss, half the bytes of a PNG; as PNG where Pillow was built without WebP. The same figure gives the
+    same bytes.
     """
+    from PIL import features
+
+    kind = "webp" if features.check("webp") else "png"
+    options = {"pil_kwargs": WEBP} if kind == "webp" else {"metadata": {"Software": None}}
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return Picture(buffer.getvalue(), alt, width=round(figure.get_figwidth() * 96))
+    figure.savefig(buffer, format=kind, dpi=DPI, **options)
+    return Picture(buffer.getvalue(), alt, round(figure.get_figwidth() / PIXEL), kind)
 
 
 def show(figure: Figure, alt: str) -> None:

@@ -62,12 +62,13 @@ class Simulation:
         """Display the present frame without widgets: the picture, then the read-out as text."""
         from IPython.display import display
 
-        display(self.shown.picture())
+        display(self.picture)
         print(self.shown.text)
 
     def _redraw(self, change=None) -> None:
         self.shown = frame = self.frame()
-        self.figure.value = frame.picture().html()
+        self.picture = frame.picture()  # rendered once: a second time the layout moves by a fraction of a pixel
+        self.figure.value = self.picture.html()
         self.readout.value = (
             f'<p role="status" aria-live="polite">{html.escape(frame.text).replace(chr(10), "<br>")}</p>'
         )
