@@ -34,7 +34,7 @@ MODULES = (
     "images patches vit contrastive bridges qformer attention fusion loss cache decoder llava generation chat training "
     "grounding.formats grounding.masks grounding.metrics grounding.regions grounding.tokens resolution dynamic_tiling "
     "pruning documents packing merging video actions budget measures costs shape_cropping h_reducer abstractor "
-    "causal_former emu query_resampler token_resampler"
+    "causal_former emu query_resampler token_resampler modality_adaptive"
 ).split()
 
 

@@ -4,9 +4,10 @@ import torch
 from bad_input_table import NO_ROW, Bool, F, I, row
 
 from vlm_course.abstractor import AbstractorLayer, VisualAbstractor
-from vlm_course.decoder import Decoder, DecoderConfig
+from vlm_course.decoder import Decoder, DecoderConfig, rotary_phases
 from vlm_course.documents import LayoutEmbedding
 from vlm_course.h_reducer import HReducer
+from vlm_course.modality_adaptive import ByKind, ModalityAdaptiveAttention, ModalityAdaptiveBlock
 from vlm_course.query_resampler import QueryResampler
 from vlm_course.shape_cropping import CropPositions
 from vlm_course.token_resampler import TokenResampler
@@ -169,3 +170,20 @@ row("token_resampler.TokenResampler", dim=4, inner=6, heads=2, keep=3, _bad=[({"
 row("token_resampler.TokenResampler.forward", _on=lambda s: TokenResampler(4, inner=6, heads=2, keep=3),
     tokens=F("B 4 D"), _fix={"D": 4}, _free={"tokens.4+1": "more tokens may be given"},
     _bad=[({"tokens": torch.zeros(1, 2, 4)}, "3", "2")])  # fmt: skip
+
+
+def phases(s):
+    return rotary_phases(torch.arange(s.T), CONFIG.head_dim)
+
+
+NUMBERS_FOR_KINDS = ({"is_image": torch.zeros(3, 4)}, "float32", "bool")
+ADAPTIVE = {"x": F("B T D"), "is_image": Bool("B T"), "phases": phases}
+row("modality_adaptive.ByKind", make=lambda s: torch.nn.Identity)
+row("modality_adaptive.ByKind.forward", _on=lambda s: ByKind(lambda: torch.nn.Linear(2, 2)), x=F("B T D"),
+    is_image=Bool("B T"), _fix={"B": 3, "T": 4, "D": 2}, _bad=[NUMBERS_FOR_KINDS],
+    _free={"x.D+1": "the two modules say which width they take"})  # fmt: skip
+for name, kind in (("Attention", ModalityAdaptiveAttention), ("Block", ModalityAdaptiveBlock)):
+    row(f"modality_adaptive.ModalityAdaptive{name}", config=CONFIG, _bad=[({"config": None}, "NoneType", "expected")])
+    row(f"modality_adaptive.ModalityAdaptive{name}.forward", _on=lambda s, kind=kind: kind(CONFIG), **ADAPTIVE,
+        _fix={"B": 3, "T": 4, "D": 8}, _bad=[NUMBERS_FOR_KINDS])  # fmt: skip
+row("modality_adaptive.twin_parameters", width=4, layers=2, kv_width=3)
