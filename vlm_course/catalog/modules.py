@@ -191,7 +191,7 @@ class Flamingo(nn.Module):
     sequence. The tower's features are those of its last stage, 1536 channels wide, before the final convolution: the
     width that the paper gives the resampler.
     Source: Alayrac et al. 2022 (arXiv 2204.14198), section 2 and the table of sizes in the appendix, quoted by
-    dhansmair/flamingo-mini's wiki; from memory for the 80B column.
+    dhansmair/flamingo-mini's wiki and, for all three columns, by public notes on the paper.
     """
 
     def __init__(self, *, width: int, layers: int, heads: int, every: int, vocab_size: int = 32000):
