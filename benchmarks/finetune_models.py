@@ -72,7 +72,7 @@ def one_batch(config: LlavaConfig, rows: int, words: int, *, seed: int = 0, devi
     labels = ids.clone()
     labels[:, : config.visual_tokens + words // 2] = -100
     pixels = torch.randn(rows, 3, *config.vision.image_hw, generator=draw).to(torch.bfloat16)
-    return Batch(ids.to(device), labels.to(device), pixels.to(device))
+    return Batch(ids, labels, pixels).to(device)
 
 
 def learner(config: LlavaConfig, mode: str, *, rank: int | None = None, dtype=torch.bfloat16, bridge=None) -> Llava:

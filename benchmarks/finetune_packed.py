@@ -49,7 +49,7 @@ def _grouped(config: LlavaConfig, documents: list, rows: int) -> list[Batch]:
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in part])
         labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in part])
         pixels = torch.randn(len(part), 3, *config.vision.image_hw, dtype=torch.bfloat16)
-        batches.append(Batch(ids.to(DEVICE), labels.to(DEVICE), pixels.to(DEVICE)))
+        batches.append(Batch(ids, labels, pixels).to(DEVICE))
     return batches
 
 
@@ -59,12 +59,12 @@ def _packed(config: LlavaConfig, documents: list, length: int, rows: int) -> lis
     for at in range(0, len(whole.ids), rows):
         cut = slice(at, at + rows)
         images = int((whole.ids[cut] == config.image_id).sum()) // config.visual_tokens
-        pixels = torch.randn(images, 3, *config.vision.image_hw, dtype=torch.bfloat16).to(DEVICE)
+        pixels = torch.randn(images, 3, *config.vision.image_hw, dtype=torch.bfloat16)
         tensors = {}
         for name, value in fill.items():  # the last batch may lack rows: empty ones, so that all have one shape
             part = getattr(whole, name)[cut]
-            tensors[name] = torch.cat([part, part.new_full((rows - len(part), length), value)]).to(DEVICE)
-        batches.append(Batch(**tensors, pixels=pixels))
+            tensors[name] = torch.cat([part, part.new_full((rows - len(part), length), value)])
+        batches.append(Batch(**tensors, pixels=pixels).to(DEVICE))
     return batches
 
 
@@ -99,7 +99,8 @@ def packed(run, floors: Floors) -> None:
     _packed_ours(run, documents, grouped)
 
     def peer(compiled: bool) -> dict:
-        on, _ = finetune_peers.trainer(LLAVA_7B, "lora", checkpointing=not compiled, compiled=compiled, dynamic=True)
+        # without checkpointing 8 rows of the longest conversations do not fit into 80 GB
+        on, _ = finetune_peers.trainer(LLAVA_7B, "lora", checkpointing=True, compiled=compiled, dynamic=True)
         steps = []
         for batch in grouped:
             real = (batch.ids != 0).long()

@@ -1,7 +1,7 @@
 """Every trick beside the plain computation: the loss, every gradient, and fifty steps."""
 
 import itertools
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from vlm_course.attention import block_mask, causal_mask, queries_mask
 from vlm_course.decoder import DecoderConfig
 from vlm_course.finetune import fast
+from vlm_course.finetune.collate import Batch
 from vlm_course.finetune.fast import NotFast, Options, chosen, prepare
 from vlm_course.finetune.fast_blocks import Map, attend
 from vlm_course.finetune.fast_loss import linear_cross_entropy
@@ -41,7 +42,7 @@ def tiny(*, kv_heads: int = 2, tie: bool = False) -> Llava:
     return model
 
 
-def batch(rows: int = 2, answers: int = 6, seed: int = 0) -> SimpleNamespace:
+def batch(rows: int = 2, answers: int = 6, seed: int = 0) -> Batch:
     """An image, a question and an answer a row; the second row's answer is shorter."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 59, (rows, 24), generator=draw)
@@ -50,19 +51,17 @@ def batch(rows: int = 2, answers: int = 6, seed: int = 0) -> SimpleNamespace:
     for row in range(rows):
         labels[row, 24 - answers + row : 24 - row] = ids[row, 24 - answers + row : 24 - row]
     pixels = torch.randn(rows, 3, 16, 16, generator=draw)
-    return SimpleNamespace(ids=ids, labels=labels, pixels=pixels, positions=None, documents=None, first=None)
+    return Batch(ids, labels, pixels)
 
 
-def packed(seed: int = 0) -> SimpleNamespace:
+def packed(seed: int = 0) -> Batch:
     """Rows of three documents with an image each, and padding."""
     one = batch(seed=seed)
-    one.documents = torch.tensor([[0] * 8 + [1] * 9 + [2] * 5 + [-1] * 2, [3] * 12 + [4] * 12])
-    one.positions = torch.cat([torch.arange(n) for n in (8, 9, 5, 2, 12, 12)]).view(2, 24)
-    one.labels = one.ids.clone()
-    one.labels[one.ids == IMAGE] = -100
-    one.labels[one.documents < 0] = -100
-    one.labels[one.positions == 0] = -100
-    return one
+    documents = torch.tensor([[0] * 8 + [1] * 9 + [2] * 5 + [-1] * 2, [3] * 12 + [4] * 12])
+    positions = torch.cat([torch.arange(n) for n in (8, 9, 5, 2, 12, 12)]).view(2, 24)
+    labels = one.ids.clone()
+    labels[(one.ids == IMAGE) | (documents < 0) | (positions == 0)] = -100
+    return replace(one, labels=labels, positions=positions, documents=documents)
 
 
 def gradients(model: Llava, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -120,7 +119,8 @@ def test_blocks_computed_again(mode):
 def test_tied_embeddings_text_alone_and_every_position():
     same(learning("full", tie=True), batch())
     text = batch()
-    text.pixels, text.ids[text.ids == IMAGE] = None, 9
+    text = replace(text, pixels=None)
+    text.ids[text.ids == IMAGE] = 9
     same(learning("full"), text)
     same(learning("full"), batch(), Options(answers_only=False))
     same(learning("lora"), batch(answers=23))  # nearly all positions: nothing is left out
@@ -154,9 +154,8 @@ def test_packed_documents_do_not_see_each_other():
     prepare(model)
     alone = one.labels.clone()
     alone[one.documents != 1] = -100  # the loss of document 1
-    one.labels = alone
+    one = replace(one, labels=alone, ids=one.ids.clone())
     before = fast.loss(model, one, 1.0).item()
-    one.ids = one.ids.clone()
     one.ids[0, 5:8], one.ids[0, 17:22] = 11, 12  # its neighbours on both sides
     assert fast.loss(model, one, 1.0).item() == pytest.approx(before, abs=1e-6)
     one.ids[0, 9] = 13
@@ -249,6 +248,22 @@ def test_chosen_positions_and_document_ends():
     assert rows.shape == (2, 32) and lengths is None
     assert rows[0, :10].tolist() == list(range(39, 49)) and rows[1, :10].tolist() == list(range(89, 99))
     assert (targets != -100).sum(dim=1).tolist() == [10, 10]
+
+
+def test_sizes_known_before_give_the_same_choice():
+    """What a batch knows from the host spares a look at the device; on the way there it is counted once."""
+    one = packed()
+    moved = one.to("meta")
+    starts = 1 + (one.documents[:, 1:] != one.documents[:, :-1]).sum(dim=1)
+    learned = (one.labels[:, 1:] != -100).sum(dim=1)
+    assert one.sizes is None and moved.sizes == (int(learned.max()), int(starts.sum()))
+    for given, asked in zip(
+        chosen(one.labels, one.documents, sizes=moved.sizes), chosen(one.labels, one.documents), strict=True
+    ):
+        assert given is asked is None or torch.equal(given, asked)
+    alone = Batch(one.ids, one.labels).to("meta")
+    assert alone.sizes == (int(learned.max()), 0) and alone.to("meta").sizes == alone.sizes
+    assert moved.part(0, 1).sizes is None
 
 
 def test_queries_mask_holds_rows_of_the_other_masks():

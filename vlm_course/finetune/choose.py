@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from vlm_course.finetune import smollm
+from vlm_course.finetune import memory, smollm
 from vlm_course.finetune.published import check_complete
 from vlm_course.validation import require_count, require_one_of
 
@@ -123,6 +123,7 @@ def look(checkpoint: str | Path | None = None, *, hub: bool = False) -> Machine:
     """
     gpu, gpu_bytes, gpus = None, 0, 0
     if torch.cuda.is_available():
+        memory.let_segments_grow()  # what follows opens the device
         properties = torch.cuda.get_device_properties(0)
         gpu, gpu_bytes, gpus = properties.name, properties.total_memory, torch.cuda.device_count()
     folder, cached = None, False

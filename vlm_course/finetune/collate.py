@@ -35,6 +35,7 @@ class Batch:
         images: of every row, how many of the pixels are its own; None means one each.
         lengths: of every row, its tokens without the padding; None means T each.
         first: the column of the first label in any row, if it is known: logits before it are not needed.
+        sizes: `sizes_of` labels and documents, if it is known: who must ask a GPU for it waits until it is idle.
     """
 
     ids: Tensor
@@ -45,6 +46,7 @@ class Batch:
     images: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     first: int | None = None
+    sizes: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,12 +88,13 @@ class Batch:
         return [self.part(at, min(at + size, len(self))) for at in range(0, len(self), size)]
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> Batch:
-        """On another device, pixels in `dtype`; from pinned memory without waiting."""
+        """On another device, pixels in `dtype`; from pinned memory without waiting, and with its `sizes`."""
         names = ("ids", "labels", "pixels", "positions", "documents")
         moved = {name: x.to(device, non_blocking=True) for name in names if (x := getattr(self, name)) is not None}
         if dtype is not None and self.pixels is not None:
             moved["pixels"] = moved["pixels"].to(dtype)
-        return replace(self, **moved)
+        known = sizes_of(self.labels, self.documents) if self.labels.device.type == "cpu" else self.sizes
+        return replace(self, **moved, sizes=known)
 
     def pinned(self) -> Batch:
         """In memory that a GPU can read by itself while the program goes on."""
@@ -108,6 +111,18 @@ class Batch:
                 f"{len(self)} rows name {sum(images)} images, but there are {have}: give `images`, one a row"
             )
         return images
+
+
+def sizes_of(labels: Tensor, documents: Tensor | None = None) -> tuple[int, int]:
+    """Most positions of a row whose next token is learned, and how many documents all rows hold, padding being one.
+
+    labels [B, T] unshifted, documents [B, T] (0 documents without it). Looks at the device once.
+    """
+    found = [(labels[:, 1:] != IGNORE).sum(dim=1).max()]
+    if documents is not None:
+        found.append((documents[:, 1:] != documents[:, :-1]).sum() + len(documents))
+    most, *held = torch.stack(found).tolist()
+    return most, held[0] if held else 0
 
 
 def _rows(tensor: Tensor | None, start: int, stop: int, length: int) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 
 from ..llava import Llava
 from ..validation import require_number
-from . import distributed, hub
+from . import distributed, hub, memory
 from .collate import Collator, fitting
 from .data import Records, read_records
 from .engine import Report, Trainer
@@ -100,6 +100,7 @@ def finetune(
         ValueError, OSError: the input cannot be used, in one sentence.
         OutOfMemory: what fits, in one sentence.
     """
+    memory.let_segments_grow()
     world = distributed.join(device)
     say = log if world.first else lambda line: None
     try:

@@ -74,6 +74,7 @@ def join(device: torch.device | str | None = None) -> World:
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     if size == 1:
         return World(0, 1, device)

@@ -113,7 +113,7 @@ class Trainer:
         plan, began = self.plan, time.monotonic()
         lines = checkpoint.Log(self.folder, after=self.step) if self.world.first else None
         pending: list[tuple[int, Tensor, float, float]] = []
-        saved, start, warm, value = began, self.step, began, math.nan
+        saved, start, warm, value = began, self.step, began, math.nan  # `warm` moves on while a state is written
 
         def flush() -> float:
             """Look at the losses that were not looked at yet and write them down."""
@@ -147,10 +147,12 @@ class Trainer:
                     value = flush()
                     self._tell(value, start, warm, last)
                 if (last or due) and plan.save_every is not None:
+                    now = time.monotonic()  # behind the look at the losses, which waits for the device
                     if lines is not None:
                         lines.sync()
                     self.save()
                     saved = time.monotonic()
+                    warm += saved - now
                 if out_of_time:
                     break
         finally:
@@ -178,7 +180,7 @@ class Trainer:
         return model.eval() if self.world.first else None
 
     def _speed(self, start: int, warm: float) -> float:
-        """Conversations a second since the first step of this call."""
+        """Conversations a second since the first step of this call, without the writing of states."""
         done, seconds = self.step - start - 1, time.monotonic() - warm
         return done * self.plan.batch / seconds if done > 0 and seconds > 0 else 0.0
 

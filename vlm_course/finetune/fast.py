@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_course.attention import block_mask, queries_mask
 from vlm_course.decoder import DecoderBlock, rotary_phases
+from vlm_course.finetune.collate import sizes_of
 from vlm_course.finetune.fast_blocks import Layout, Map, Tensors, decoder_block, varlen, vision_block
 from vlm_course.finetune.fast_loss import IGNORE, linear_cross_entropy, loss_and_slope
 from vlm_course.finetune.fast_memory import blocks_again
@@ -167,7 +168,8 @@ class Runner:
     def hidden(self, model: Llava, batch) -> tuple[Tensor, Tensor]:
         """What enters the final norm, and its targets: [B, S, D] and [B, S], for the positions with an answer."""
         documents, (B, T) = batch.documents, batch.ids.shape
-        rows, targets, lengths = chosen(batch.labels, documents, few=FEW if self.options.answers_only else 0.0)
+        few = FEW if self.options.answers_only else 0.0
+        rows, targets, lengths = chosen(batch.labels, documents, few=few, sizes=batch.sizes)
         mask = None
         if documents is not None and (not batch.ids.is_cuda or varlen() is None):
             mask, lengths = block_mask(documents), None
@@ -230,32 +232,28 @@ def _tower_tensors(block) -> Tensors:
 
 
 def chosen(
-    labels: Tensor, documents: Tensor | None, *, few: float = FEW
+    labels: Tensor, documents: Tensor | None, *, few: float = FEW, sizes: tuple[int, int] | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Which positions answers are predicted at, what they predict, and where packed documents end.
 
     labels [B, T] unshifted -> rows [B, S] of positions, S the most that any row has, rounded up to a multiple of 32
     (None for all of them: at least `few` of a row), targets [B, S] with -100 where a row has fewer, and with documents
-    [B, T] their cumulative lengths [documents + 1] over all rows, padding being a document too.
+    [B, T] their cumulative lengths [documents + 1] over all rows, padding being a document too. sizes: `sizes_of`.
     """
     B, T = labels.shape
     targets = torch.cat([labels[:, 1:], labels.new_full((B, 1), IGNORE)], dim=1)  # [B, T]
     learned = targets != IGNORE
-    sizes = [learned.sum(dim=1).max()]
-    starts = None
+    most, held = sizes or sizes_of(labels, documents)
+    lengths = None
     if documents is not None:
         starts = torch.ones_like(documents, dtype=torch.bool)  # [B, T], where a document begins
         starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        sizes.append(starts.sum())
-    counted = torch.stack(sizes).tolist()  # one look at the device for both
-    lengths = None
-    if starts is not None:
         place = torch.arange(B * T, device=labels.device)
-        room = -(-(counted[1] + 1) // 64) * 64  # few different shapes: documents of length 0 fill it
+        room = -(-(held + 1) // 64) * 64  # few different shapes: documents of length 0 fill it
         ends = torch.where(starts.flatten(), place, B * T).sort().values[: room - 1]
         fill = ends.new_full((room - len(ends),), B * T)
         lengths = torch.cat([ends, fill]).to(torch.int32)
-    S = min(T, -(-max(counted[0], 1) // 32) * 32)
+    S = min(T, -(-max(most, 1) // 32) * 32)
     if S > few * T:
         return None, targets, lengths
     rows = learned.int().sort(dim=1, descending=True, stable=True).indices[:, :S]  # [B, S], answers first, in order

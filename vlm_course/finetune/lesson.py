@@ -123,7 +123,7 @@ def job(
         **rates,
     )
     records = read_records(absent.write_records(Path(folder) / "absent", scenes) if data is None else data)
-    collator = Collator(adapter, model.config)
+    collator = Collator(adapter, model.config, pad_to=64 if plan.compile else 1)  # few lengths for the compiler
     exam = seen_by(absent.exam(asked), collator)
     return Job(name, model, adapter, ((plan, Loader(records, collator, batch)),), exam)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -18,6 +19,15 @@ class OutOfMemory(MemoryError):
     def __init__(self, message: str, fits: int | None = None):
         super().__init__(message)
         self.fits = fits
+
+
+def let_segments_grow() -> None:
+    """Ask CUDA's allocator for segments that grow, before its first use and unless the user asked for something.
+
+    A step that fills the memory to a few GB otherwise fails for want of one free piece: conversations differ in length.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def attempt(run: Callable[[], Result], clean: Callable[[], None]) -> tuple[Result | None, bool]:
