@@ -12,6 +12,8 @@ from vlm_course.llava import LLAVA_7B, LLAVA_13B
 from vlm_course.probe_questions import question_set, score
 from vlm_course.pruning import flops_kept
 from vlm_course.resolution import LLAVA_NEXT_RESOLUTIONS, anyres_token_count
+from vlm_course.shape_cropping import choose_grid
+from vlm_course.token_resampler import TokenResampler, distinct_tokens
 from vlm_course.video import sample_by_rate, video_tokens
 
 LETTER = page_pixels(PAGES["letter"], 300)
@@ -115,6 +117,34 @@ def test_layout_needs_boxes_and_pixels_do_not():
     assert (below.last_hidden_state - beside.last_hidden_state).abs().max() > 1e-4
     page = Image.new("RGB", (300, 400), "white")
     assert set(DonutImageProcessor(size={"height": 64, "width": 64})(page, return_tensors="pt")) == {"pixel_values"}
+
+
+@pytest.mark.claim("8-07", kind="function")
+def test_the_cut_follows_the_shape_of_the_page(says):
+    """Fails if UReader cut a portrait page, the same page in landscape and a strip of as many pixels alike."""
+    says("shape")
+    grids = [choose_grid(size) for size in ((1200, 800), (800, 1200), (300, 3200))]
+    assert grids[0] == grids[1][::-1] and grids[2][0] == 1 and len(set(grids)) == 3
+    assert all(rows * cols > 1 for rows, cols in grids)
+
+
+@torch.no_grad()
+@pytest.mark.claim("8-08", kind="function")
+def test_dropped_tokens_are_read_all_the_same(says):
+    """Fails if TextMonkey's kept tokens did not depend on those that are dropped, as pruning would have it."""
+    says("gather from all", "distinct")
+    resampler = TokenResampler(8, inner=8, heads=2, keep=3)
+    resampler.fc2.weight.normal_()
+    tokens = torch.randn(1, 6, 8)
+    kept = distinct_tokens(tokens, 3)
+    dropped = next(place for place in range(6) if place not in kept)
+    changed = tokens.clone()
+    changed[0, dropped] *= torch.linspace(1, 1.2, 8)  # little enough to stay among the dropped
+    assert torch.equal(distinct_tokens(changed, 3), kept)
+    assert (resampler(changed) - resampler(tokens)).abs().max() > 1e-4
+    assert torch.equal(
+        changed.gather(1, kept[..., None].expand(-1, -1, 8)), tokens.gather(1, kept[..., None].expand(-1, -1, 8))
+    )
 
 
 @pytest.mark.claim("8-10", kind="processor")
