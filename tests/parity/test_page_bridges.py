@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from vlm_course.abstractor import AbstractorLayer, VisualAbstractor
 from vlm_course.catalog import find
+from vlm_course.causal_former import CausalFormer
 from vlm_course.h_reducer import HReducer
+from vlm_course.query_resampler import QueryResampler
+from vlm_course.token_resampler import TokenResampler
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -188,3 +191,27 @@ def test_places_are_asked_for_exactly_where_they_are_known():
         plain(torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"no places.*15 rows"):
         placed(torch.zeros(1, 2, 4))
+
+
+BRIDGES = {
+    "abstractor": (
+        lambda: VisualAbstractor(6, 4, queries=2, layers=1, heads=2, mlp_width=5, places=15),
+        (torch.randn(2, 4, 6), torch.tensor([[11, 11], [0, 1]])),
+    ),
+    "h_reducer": (lambda: HReducer(3, 4), (torch.randn(1, 16, 3),)),
+    "causal_former": (
+        lambda: CausalFormer(6, 5, queries=3, dim=8, layers=1, heads=2, mlp_width=4),
+        (torch.randn(1, 4, 6),),
+    ),
+    "query_resampler": (lambda: QueryResampler(3, 8, queries=4, heads=2), (torch.randn(1, 9, 3),)),
+    "token_resampler": (lambda: TokenResampler(4, inner=4, heads=2, keep=2), (torch.randn(1, 5, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", BRIDGES)
+@torch.no_grad()
+def test_it_compiles_without_a_graph_break(redraw, name):
+    make, arguments = BRIDGES[name]
+    bridge = redraw(make())
+    compiled = torch.compile(bridge, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), bridge(*arguments), **CLOSE)
