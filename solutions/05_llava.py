@@ -304,7 +304,7 @@ greedy_decode = part("greedy_decode", globals())
 
 def ask(words, scene, decode):
     """Answer a question about a scene of the exam."""
-    row, _ = chat.encode_chat(small.tokenizer, [(words, None)], model.config.visual_tokens)
+    row, _ = chat.encode_chat(small.tokenizer, [(words, None)], small.model.config.visual_tokens)
     new = decode(model, torch.tensor([row]), exam.pixels[scene : scene + 1], 40, small.tokenizer.eos_id)
     return small.tokenizer.decode(new[0])
 
@@ -399,7 +399,8 @@ check("plain_kv_cache", globals())
 PlainKVCache = part("PlainKVCache", globals())
 cache = PlainKVCache()
 model.decoder(model.embed(ids, exam.pixels[:1]), cache=cache)   # read the prompt once
-print(f"{cache.length} tokens, {len(cache.stored)} layers, keys of a layer {list(cache.stored[0][0].shape)}")
+sizes = small.model.config.text
+print(f"{cache.length} tokens, {sizes.layers} layers, keys of a layer {[1, sizes.kv_heads, cache.length, sizes.head_dim]}")
 
 # %% [markdown] covers=["5-idea-5"]
 # ### Build It: decoding with the cache  ·  medium  ·  about 20 minutes  ·  4 points
@@ -727,7 +728,7 @@ gaps = [f"{name} {100 * study.mean(name, 'all', 'model'):.1f} %" for name in ord
 study.reveal("p_5_3", best, because=f"Exact answers: {', '.join(gaps)}; blind {blind:.1f} %.")
 
 # %% [markdown] covers=["5-idea-2"]
-# So the lesson's reason is wrong, and ours was only an expectation: the patches of the last layer, which CLIP's loss never looks at, carry about as much as those before them. A possible reason, which this study does not test: a block adds to what the residual stream holds, and need not erase it. What is too *early* costs more, and it makes learning fragile: look how far apart the seeds of the first block lie. This is a tower of six blocks in a world of shapes. LLaVA's paper reports 0.96 points for the last but one against the last on ScienceQA (quoted from memory).
+# So the lesson's reason is wrong, and ours was only an expectation: the patches of the last layer, which CLIP's loss never looks at, carry about as much as those before them. A possible reason, which this study does not test: a block adds to what the residual stream holds, and need not erase it. What is too *early* costs more, and it makes learning fragile: look how far apart the seeds of the first block lie.
 
 # %% [markdown]
 # One seed of each variant is shipped, so you can ask them yourself. The same questions, the same image, four layers:
@@ -752,7 +753,7 @@ from vlm_course.studies.rerun import rerun
 rerun("feature-layer")
 
 # %% [markdown] covers=["5-idea-2"]
-# What this does not show: our tower has 6 blocks and sees coloured shapes; CLIP ViT-L has 24 and saw the web. LLaVA's authors compared the two layers on ScienceQA and found the penultimate better by about one point (from memory of their paper, section 5.2).
+# What this does not show: our tower has 6 blocks and sees coloured shapes; CLIP ViT-L has 24 and saw the web. LLaVA's authors found the last layer 0.96 points worse than the one before on ScienceQA (section 5.2 of their paper, from memory). Trained at 1.4B to 7B, LLaVA-style models need deep layers to read text; shallow and middle ones count and place better ("Rethinking Visual Layer Selection in Multimodal LLMs", arXiv 2504.21447, abstract).
 
 # %% [markdown] covers=["5-idea-3"]
 # ## Why simplicity works, and how far the reason goes

@@ -7,11 +7,13 @@ from vlm_course.attention import causal_mask, padding_mask
 from vlm_course.bridges import VisionProjection
 from vlm_course.decoder import Decoder
 from vlm_course.fusion import splice_image_features
+from vlm_course.grading.answers import Failure
 from vlm_course.grading.chapter05.tiny import PATCHES, pictures, prompt, read_alone, tiny_llava
 from vlm_course.grading.exercise import Case, Exercise, FunctionInterface, Mistake
 from vlm_course.vit import VisionTransformer
 
 PARTS = ("vision", "bridge", "decoder")
+NO_EMBED = "Your model has no embed(ids, pixels) yet: decoding with a cache reads the prompt through it."
 
 
 def drive(answer, seed, feature_layer, ids, pixels, real):
@@ -34,6 +36,10 @@ def drive(answer, seed, feature_layer, ids, pixels, real):
     model.load_state_dict(reference.state_dict())
     with torch.no_grad():
         logits = model(ids, pixels) if bool(real.all()) else model(ids, pixels, real)
+        try:
+            model.embed(ids, pixels)
+        except (AttributeError, NotImplementedError):
+            raise Failure("error", NO_EMBED) from None
     if not isinstance(logits, torch.Tensor) or logits.shape[:2] != ids.shape:
         return logits
     return logits[real]
@@ -77,10 +83,13 @@ class Variant(nn.Module):
         self.decoder = Decoder(config.text)
         self.steps = features or patches, merge or splice, mask or both_masks, finish or (lambda logits: logits)
 
+    def embed(self, ids, pixels):
+        features, merge, *_ = self.steps
+        return merge(self, ids, self.decoder.embed(ids), self.bridge(features(self, pixels)))
+
     def forward(self, ids, pixels, attention_mask=None):
-        features, merge, mask, finish = self.steps
-        visual = self.bridge(features(self, pixels))
-        embeds = merge(self, ids, self.decoder.embed(ids), visual)
+        *_, mask, finish = self.steps
+        embeds = self.embed(ids, pixels)
         if attention_mask is None:
             attention_mask = torch.ones_like(ids, dtype=torch.bool)
         return finish(self.decoder(embeds, mask=mask(attention_mask)))
@@ -145,6 +154,19 @@ class Renamed(Variant):
         super().__init__(config)
         self.projector = self.bridge
         del self.bridge
+
+
+class WithoutEmbed(nn.Module):
+    """The right logits by forward alone."""
+
+    def __init__(self, config):
+        super().__init__()
+        whole = Variant(config)
+        self.vision, self.bridge, self.decoder = whole.vision, whole.bridge, whole.decoder
+        self.whole = [whole]  # in a list, so that its parts do not count twice
+
+    def forward(self, ids, pixels, attention_mask=None):
+        return self.whole[0](ids, pixels, attention_mask)
 
 
 class RowByRow(Variant):
@@ -270,6 +292,7 @@ PLAIN_LLAVA = Exercise(
         "other names": Mistake(
             "The trained weights do not fit: call the three parts vision, bridge and decoder.", Renamed
         ),
+        "no embed": Mistake(NO_EMBED, WithoutEmbed),
     },
     also_correct={"row by row": RowByRow, "scatter and a mask by hand": Scattered},
 )
