@@ -182,6 +182,7 @@ def run(setting: Setting, *, cache: Path | None = None, keep_part: Callable[[dic
             f"{tokens:.0f} tokens a conversation are no padding; the share of the peak counts these alone",
             *report.price_notes(setting.price),
         ),
+        controls={"random tower": curves["random tower"]},
     )
     return {
         "stored": asdict(stored),

@@ -30,6 +30,7 @@ RUN = StoredRun(
     accuracy={"colour": {"before": 0.0, "after": 0.75, "blind": 0.25}, "shape": {"after": 1.0, "majority": 0.5}},
     answers=({"question": "what colour?", "truth": "red", "before": "I see.", "after": "red"},),
     notes=("random weights",),
+    controls={"random tower": ((1, 6.5), (10, 1.25))},
 )
 
 
@@ -123,12 +124,14 @@ def test_speed_is_kept_without_profiles_and_what_is_missing_is_said(tmp_path):
 def test_the_best_variant_of_a_row_is_said_with_its_machine(tmp_path):
     machine_ = {"gpu": "a GPU", "torch": "2.11.0+cu130", "date": "2026-01-02"}
     decode = {"slow": {"decode_ms": 9.0, "of_floor": 2.0}, "fast": {"decode_ms": 5.04, "of_floor": 1.128}, "parts": {}}
+    decode |= {"transformers, tuned": {"decode_ms": 10.08, "of_floor": 2.3}, "transformers, plain": {"decode_ms": 30.0}}
     lora = {"8 rows": {"samples_per_s": 22.0, "of_peak": 0.63}, "16 rows": {"samples_per_s": 23.6, "of_peak": 0.66}}
     rows = {"decode": {"machine": machine_, "variants": decode}, "lora": {"machine": machine_, "variants": lora}}
     (tmp_path / "all.json").write_text(json.dumps(rows))
     keep_speed(tmp_path / "all.json", tmp_path)
     lines = {line.partition(",")[0]: line for line in row_lines(tmp_path)}
-    assert lines["decode"].endswith(": 5.04 ms, 1.13 times the floor of memory (a GPU, torch 2.11.0, 2026-01-02)")
+    told = ": 5.04 ms, 1.13 times the floor of memory; transformers 10.1 ms, so ours is 2.00 times as fast"
+    assert lines["decode"].endswith(f"{told} (a GPU, torch 2.11.0, 2026-01-02)")
     assert "23.6 samples/s, 0.66 of the matrix peak" in lines["lora"]
     assert sorted(lines) == sorted(ROWS) and lines["full"].endswith("not run yet")
 

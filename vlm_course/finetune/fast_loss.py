@@ -81,7 +81,8 @@ def linear_cross_entropy(
             f"hidden is {tuple(hidden.shape)} and targets {tuple(targets.shape)}, expected [n, D] and [n]: "
             "shift and flatten both"
         )
-    count = torch.as_tensor(count, dtype=torch.float32, device=hidden.device)
+    if not isinstance(count, Tensor):  # `torch.full` writes on the device; a copy from here would wait for it
+        count = torch.full((), count, dtype=torch.float32, device=hidden.device)
     if part is None:  # parts of one size, as few as fit
         parts = -(-len(hidden) * len(weight) // PART)
         part = -(-len(hidden) // max(1, parts))

@@ -62,6 +62,7 @@ class StoredRun:
         accuracy: kind of question -> {"before", "after", and the controls by name}: shares of exact answers.
         answers: a few questions with "question", "truth", "before" and "after".
         notes: what a reader must know to read the numbers, such as that the weights were random.
+        controls: losses like `losses`, of models trained as controls, by name.
         machine, date, software: where and when; filled in by itself.
     """
 
@@ -73,6 +74,7 @@ class StoredRun:
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    controls: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     machine: str = field(default_factory=machine)
     date: str = field(default_factory=lambda: date.today().isoformat())
     software: str = field(default_factory=lambda: f"torch {torch.__version__.partition('+')[0]}")
@@ -82,8 +84,9 @@ class StoredRun:
         for name, value in self.numbers.items():
             require_one_of(name, "a number's name", tuple(UNITS))
             require_number(value, name)
-        for step, loss in self.losses:
-            require_number(loss, f"the loss of step {step}")
+        for curve in (self.losses, *self.controls.values()):
+            for step, loss in curve:
+                require_number(loss, f"the loss of step {step}")
         for kind, row in self.accuracy.items():
             for name, share in row.items():
                 if not 0 <= share <= 1:
@@ -151,14 +154,19 @@ def stored_run(path: int, folder: Path | str = FOLDER, *, variant: str = "") -> 
         return None
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        fields["losses"] = tuple((int(step), float(loss)) for step, loss in fields["losses"])
+        fields["losses"] = _curve(fields["losses"])
+        fields["controls"] = {name: _curve(points) for name, points in fields.get("controls", {}).items()}
         fields |= {name: tuple(fields[name]) for name in ("answers", "notes")}
         run = StoredRun(**fields)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file.name} is no stored run ({error}): keep it again with stored.keep") from error
     if run.path != path:
         raise ValueError(f"{file.name} holds a run of path {run.path}, expected {path}: was it renamed?")
     return run
+
+
+def _curve(points: list) -> tuple[tuple[int, float], ...]:
+    return tuple((int(step), float(loss)) for step, loss in points)
 
 
 def missing(folder: Path | str = FOLDER) -> list[int]:
@@ -176,7 +184,6 @@ TRICKS = {
     "layers compiled": ("small", "ours", "ours, not compiled"),
     "head and last block only where an answer is learned, 7B": ("projector", "ours, 8 rows", "ours, every position"),
     "the same, 222M": ("small", "ours", "ours, every position"),
-    "the tower recorded as one CUDA graph": ("projector", "ours, 8 rows", "ours, tower not recorded"),
     "conversations packed into rows": ("packed", "ours, packed", "ours, grouped and padded"),
     "the engine's choice of attention in place of flash attention": ("full", "ours", "ours, flash attention"),
     "8 blocks computed again, for their memory": ("full", "ours, 8 blocks again", "ours"),
@@ -225,6 +232,8 @@ def _speed_table(folder: Path | str) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
+PEER = "transformers"  # variants whose names begin so are what a user would run without the engine
+
 # What a row of benchmarks.finetune is judged by: its name in words, the measure that ranks its variants (the least is
 # best, or the most), its unit, and the measure that says how far it is from what the machine could do.
 ROWS = {
@@ -238,17 +247,30 @@ ROWS = {
 
 
 def row_lines(folder: Path | str = FOLDER) -> list[str]:
-    """The best variant of each row, a line each, with machine and date; a row that was not measured says so."""
+    """Each row with its machine and date: our best variant, and the best of a user's usual program in the same run.
+
+    A row that was not measured says so.
+    """
     table, lines = _speed_table(folder), []
     for row, (what, measure, best, unit, share, of) in ROWS.items():
-        variants = [v for v in table.get(row, {}).get("variants", {}).values() if measure in v and share in v]
-        if not variants:
+        variants = table.get(row, {}).get("variants", {}).items()
+        theirs = [v[measure] for name, v in variants if name.startswith(PEER) and measure in v]
+        ours = [v for name, v in variants if not name.startswith(PEER) and measure in v and share in v]
+        if not ours:
             lines.append(f"{row}, {what}: not run yet")
             continue
-        found, machine = best(variants, key=lambda v: v[measure]), table[row]["machine"]
-        where = f"{machine['gpu']}, torch {machine['torch'].partition('+')[0]}, {machine['date']}"
-        lines.append(f"{row}, {what}: {found[measure]:.3g} {unit}, {found[share]:.2f} {of} ({where})")
+        found, machine = best(ours, key=lambda v: v[measure]), table[row]["machine"]
+        line = f"{row}, {what}: {_three(found[measure])} {unit}, {found[share]:.2f} {of}"
+        if theirs:
+            ratio = best(theirs) / found[measure] if best is min else found[measure] / best(theirs)
+            line += f"; {PEER} {_three(best(theirs))} {unit}, so ours is {ratio:.2f} times as fast"
+        lines.append(f"{line} ({machine['gpu']}, torch {machine['torch'].partition('+')[0]}, {machine['date']})")
     return lines
+
+
+def _three(value: float) -> str:
+    """Three digits, and whole numbers from a hundred on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def speed_lines(folder: Path | str = FOLDER) -> list[str]:
@@ -262,7 +284,8 @@ def speed_lines(folder: Path | str = FOLDER) -> list[str]:
             continue
         machine, (fast, plain) = table[row]["machine"], rates
         where = f"{machine['gpu']}, {machine['date']}"
-        lines.append(f"{trick}: {fast / plain:.2f} times ({fast:.3g} against {plain:.3g} samples/s; {where})")
+        rates = f"{_three(fast)} against {_three(plain)} samples/s"
+        lines.append(f"{trick}: {fast / plain:.2f} times ({rates}; {where})")
     return lines
 
 
