@@ -49,9 +49,9 @@ predict("p_4_2", "Visual tokens have no label, so they carry no loss. The gradie
          "c": "not zero, and of the same order as theirs, or greater"})
 
 # %%
-predict("p_4_3", "A model is tuned on captions alone, then asked for the color of the one star in an image. Among such "
+predict("p_4_3", "A model is tuned on captions alone, then asked for the colour of the one star in an image. Among such "
         "answers the right ones are ...",
-        {"a": "about as many as with a model tuned on questions: the color is in its captions",
+        {"a": "about as many as with a model tuned on questions: the colour is in its captions",
          "b": "more than the most frequent answer would get, yet clearly fewer than that",
          "c": "no more than the most frequent answer would get"})
 
@@ -150,16 +150,18 @@ for name, says in study.variants.items():
 print(study.note())
 
 # %% [markdown] covers=["4-table-1"]
-# Then each is asked every kind of question about new scenes. Right answers, mean over the seeds, with the most frequent answer as the control. The last row asks what no diet held: to count by size.
+# Then each is asked every kind of question about new scenes. Right answers, mean over the seeds, for the mixed diet also seed by seed. Two controls: the mixed diet's model with another scene's image, and the most frequent answer. The last row asks what no diet held: to count by size.
 
 # %% covers=["4-table-1"]
 diets = tuple(study.variants)
 kinds = tuple(study.record["variants"][diets[0]]["measures"]["exam"])
-print(f"{'':15s}" + "".join(f"{name:>14s}" for name in diets) + f"{'most frequent':>16s}")
+print(f"{'':15s}" + "".join(f"{name:>14s}" for name in diets) + f"{'by seed':>18s}{'other image':>13s}{'most frequent':>15s}")
 for kind in kinds:
     row = "".join(f"{study.mean(name, 'exam', kind, 'model'):14.2f}" for name in diets)
+    seeds = " ".join(f"{value:.2f}" for value in study.value("instructions", "exam", kind, "model")["values"])
+    other = study.mean("instructions", "exam", kind, "swapped")
     control = study.record["variants"][diets[0]]["measures"]["exam"][kind].get("majority")
-    print(f"{kind:15s}{row}" + (f"{control['mean']:16.2f}" if control else ""))
+    print(f"{kind:15s}{row}{seeds:>18s}{other:13.2f}" + (f"{control['mean']:15.2f}" if control else ""))
 
 # %% covers=["4-table-1"]
 figure, axis = figures.axes(width=6.4, height=2.1)
@@ -186,10 +188,10 @@ for kind in kinds:
     print(f"{kind:15s}{form}{length}")
 
 # %% [markdown] covers=["4-table-1"]
-# Read the table by columns. Tuned on captions, the model answers *every* question with a caption. Tuned on short questions, it answers everything in one word, even "describe the image". Each learned one form, though the conversations that it read before its tuning held all ten kinds. Only the mixed diet keeps all ten; for the same number of steps it is less exact at each, because it had more to learn.
+# Read the tables by columns. Tuned on captions, the model answers *every* question in the words of a caption. Tuned on short questions, it answers everything in one word, even "describe the image". Each learned one form, though the conversations that it read before its tuning held all ten kinds. Only the mixed diet keeps all ten. At short questions two of its seeds come close to the diet of questions; the third has learned less, and *existence* not at all.
 
 # %% [markdown] covers=["4-table-1"]
-# Look at *relation* and *check* too. The diet of questions holds both, and yet its model answers them at chance; the mixed diet, with fewer of them, gets most right. There, points and boxes ask *where* an object is, so one skill may have taught the other. That is a guess: this study does not take the kinds apart, and one of its three seeds did not learn relations either. And *count by size*, which no diet held, stays below its most frequent answer for all three: the right form came along, the skill did not.
+# Look at *relation* and *check* too. The diet of questions holds both, and yet its model answers them at chance; the mixed diet, with fewer of them, gets most right. There, points and boxes ask *where* an object is, so one skill may have taught the other. That is a guess: this study does not take the kinds apart, and the seed that learned less did not learn relations either. And at *count by size*, which no diet held, none gets beyond the most frequent answer: the right form came along, the skill did not.
 
 # %% [markdown] covers=["4-table-1"]
 # Is the model on captions blind, or does it only not listen? Let it describe the image, and look the answer up in *its own* caption:
@@ -202,10 +204,10 @@ for kind in ("colour", "shape", "size", "existence"):
 asked, rival, often = (study.mean(d, "exam", "colour", c) for d, c in
                        (("captions", "model"), ("questions", "model"), ("captions", "majority")))
 study.reveal("p_4_3", "a" if asked > rival - 0.05 else "b" if asked > often + 0.05 else "c",
-             because=f"Right answers about color: {asked:.2f}; tuned on questions {rival:.2f}; most frequent {often:.2f}.")
+             because=f"Right answers about colour: {asked:.2f}; tuned on questions {rival:.2f}; most frequent {often:.2f}.")
 
 # %% [markdown] covers=["4-table-1"]
-# Read the three trained models yourself: the same scene and questions as above, from the weights of one seed each.
+# Read the three trained models yourself: the same scene and questions as above, from the weights of one seed each. Compare with the scene: asked for anything but a caption, the first one's words need not be about the image.
 
 # %% covers=["4-table-1"]
 tuned = {name: study.load(name, small) for name in diets}
@@ -407,16 +409,16 @@ def response_loss(logits: Tensor, labels: Tensor, ignore: int = -100, count: int
 check("response_loss", globals())
 
 # %% [markdown]
-# Compare with torch on tokens shifted by hand, and see what happens without the shift. (The package's tests compare with transformers' `ForCausalLMLoss`, which takes unshifted labels too.) The shipped model and one conversation:
+# Compare with torch on tokens shifted by hand, and see what happens without the shift. (The package's tests compare with transformers' `ForCausalLMLoss`, which takes unshifted labels too.) One conversation, and the model of the diet of questions, which has to guess relations; the shipped one is so sure that its loss is nearly 0:
 
 # %% covers=["4-derivation-1"]
 response_loss = part("response_loss", globals())
 talk = [(trio.reply("shipped", scene, kind).question, trio.reply("shipped", scene, kind).wanted) for kind in kinds[:6]]
 chat_ids, chat_labels = (torch.tensor([row]) for row in encode_chat(tok, talk, M))  # [1, T]
 with torch.no_grad():
-    logits = small.model(chat_ids, image_features=visual)                           # [1, T, V]
+    logits = tuned["questions"](chat_ids, pixels)                                   # [1, T] -> [1, T, V]
 by_hand = F.cross_entropy(logits[0, :-1], chat_labels[0, 1:])  # position t against token t + 1; -100 is ignored
-print(f"ours {response_loss(logits, chat_labels):.3g}   by hand {by_hand:.3g}")
+print(f"ours {response_loss(logits, chat_labels):.3f}   by hand {by_hand:.3f}")
 unshifted = F.cross_entropy(logits[0], chat_labels[0])
 print(f"without the shift {unshifted:.2f}: the right next token is scored as the present one")
 
@@ -506,26 +508,28 @@ print("tokens", lengths, " losses", [round(x, 2) for x in losses], " weights", [
 print(f"batch loss {sum(w * x for w, x in zip(weights, losses, strict=True)):.2f}, mean of the two {sum(losses) / 2:.2f}")
 
 # %% [markdown]
-# A caption outweighs a *yes* many times. That is how transformers' loss and LLaVA's training weigh; whoever wants each conversation to count the same must divide otherwise. Neither is wrong, but they are not the same training.
+# The caption counts more than five times as much as the *no*. That is how transformers' loss and LLaVA's training weigh; whoever wants each conversation to count the same must divide otherwise. Neither is wrong, but they are not the same training.
 
 # %% [markdown] covers=["4-derivation-1"]
 # ## No label, and yet a gradient
 #
-# The lesson's listing says of the visual tokens: loss 0, no gradient. The first half is true. For the second, take the shipped model, one conversation, and ask autograd:
+# The lesson's listing says of the visual tokens: loss 0, no gradient. The first half is true. For the second, take a fresh bridge in front of the shipped decoder, as in stage 1, one conversation, and ask autograd:
 
 # %% covers=["4-derivation-1"]
 from vlm_course.bridges import VisionProjection
 
-bridge = VisionProjection(192, 256)
-bridge.load_state_dict(small.model.bridge.state_dict())
+torch.manual_seed(0)
+bridge = VisionProjection(192, 256)       # untrained: it has everything to learn
 tokens = bridge(features)                 # [1, N, D_vision] -> [1, N, D]
 tokens.retain_grad()
 logits = small.model(chat_ids, image_features=tokens)
 logits.retain_grad()                      # the frozen decoder still passes gradients through
-response_loss(logits, chat_labels).backward()
+loss = response_loss(logits, chat_labels)
+loss.backward()
 at_image = chat_ids[0] == tok.image_id
 print("gradient of the loss at the logits of visual positions:", logits.grad[0, at_image].abs().max().item())
-print(f"at the visual tokens themselves: {tokens.grad.norm():.3g}   at the bridge's weights: {bridge.mlp[0].weight.grad.norm():.3g}")
+print(f"loss {loss.item():.2f}; length of the gradient at the visual tokens themselves {tokens.grad.norm():.2g}, "
+      f"at the bridge's first matrix {bridge.mlp[0].weight.grad.norm():.2g}")
 
 # %% [markdown] covers=["4-derivation-1"]
 # Zero where the label is missing: nobody asks what comes after a patch. Not zero at the visual tokens: the response attends to them, and the gradient goes back the same way. It is the only way; a bridge whose gradient were zero could not learn. Compare sizes over the parts of an untrained model:
