@@ -8,7 +8,7 @@ that a difference between two of them comes from the tuning.
 
 The probe asks whether an object exists, half of the time truly. The absent objects are drawn at random, or among the
 frequent ones, or among partners of what is there. Source: POPE (Li et al. 2023, "Evaluating Object Hallucination in
-Large Vision-Language Models", arXiv 2305.10355), section 4; the share of absent objects in captions follows CHAIR
+Large Vision-Language Models", arXiv 2305.10355), section 5; the share of absent objects in captions follows CHAIR
 (Rohrbach et al. 2018, "Object Hallucination in Image Captioning", arXiv 1809.02156), section 2.1.
 """
 
