@@ -165,13 +165,13 @@ for kind in kinds:
 
 # %% covers=["4-table-1"]
 figure, axis = figures.axes(width=6.4, height=2.1)
-table = torch.tensor([[study.mean(name, "exam", kind, "model") for kind in kinds] for name in diets])
+table = torch.tensor([[study.mean(name, "exam", kind, "model") for kind in kinds] for name in diets], dtype=torch.float64)
 axis.imshow(table, vmin=0, vmax=1, aspect="auto")
 axis.set(yticks=range(3), yticklabels=diets, xticks=range(len(kinds)))
 axis.set_xticklabels(kinds, rotation=35, ha="right")
 for row, column in torch.cartesian_prod(torch.arange(3), torch.arange(len(kinds))).tolist():
     value = table[row, column].item()
-    axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black")
+    axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value < 0.5 else "black")
 words = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in zip(kinds, row.tolist(), strict=True))
                   for name, row in zip(diets, table, strict=True))
 figures.show(figure, f"Share of right answers by diet (rows) and kind of question (columns). {words}.")
@@ -529,7 +529,7 @@ loss.backward()
 at_image = chat_ids[0] == tok.image_id
 print("gradient of the loss at the logits of visual positions:", logits.grad[0, at_image].abs().max().item())
 print(f"loss {loss.item():.2f}; length of the gradient at the visual tokens themselves {tokens.grad.norm():.2g}, "
-      f"at the bridge's first matrix {bridge.mlp[0].weight.grad.norm():.2g}")
+      f"at the bridge's first matrix {bridge.mlp[0].weight.grad.norm():.3g}")
 
 # %% [markdown] covers=["4-derivation-1"]
 # Zero where the label is missing: nobody asks what comes after a patch. Not zero at the visual tokens: the response attends to them, and the gradient goes back the same way. It is the only way; a bridge whose gradient were zero could not learn. Compare sizes over the parts of an untrained model:
