@@ -157,6 +157,16 @@ def test_loss_is_the_loop(redraw, end_id, weight):
         torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
+def test_an_end_that_closes_no_image_is_not_asked_for():
+    """A stray [/IMG] among words has no embedding before it that could lead to it."""
+    ids = torch.tensor([[1, IMG, IMAGE, IMAGE, END, 4, END, 5]])
+    out = torch.randn(1, 8, 24), torch.randn(1, 8, 12), torch.randn(1, 8, 12)
+    ours = next_element_loss(out[0], out[1], ids, out[2], image_id=IMAGE, silent=(IMG, END, PAD), end_id=END)
+    expected = loss_by_loop(out[0], out[1], ids, out[2], silent=(IMG, END, PAD), end_id=END, weight=1.0)
+    torch.testing.assert_close(ours.embeddings, expected[2], **CLOSE)
+    torch.testing.assert_close(ours.embeddings, ((out[1][0, 1:4] - out[2][0, 2:5]) ** 2).mean(), **CLOSE)
+
+
 def test_the_released_mask_of_places_is_the_rule():
     """modeling_llama.py takes its targets where <image> or [/IMG] stands, and predictions from [IMG] or <image>."""
     ids = rows()
