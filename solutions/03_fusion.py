@@ -749,8 +749,8 @@ def effect(world: str, sharpness: str, absent: str, seeds) -> float:
 blind_ones = [seed for seed in SEEDS if seed not in seeing]
 for title, seeds in (("learned to see", seeing), ("did not", blind_ones)):
     for sharpness in ("sharp", "reduced") if seeds else ():
-        who = f"{title}, seed {' and '.join(map(str, seeds))}:"
-        print(f"{who:28s}{sharpness:8s} frequent objects {effect('frequent', sharpness, 'frequent', seeds):+5.1f} points, "
+        who = f"{title}, seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}:"
+        print(f"{who:31s}{sharpness:8s} frequent objects {effect('frequent', sharpness, 'frequent', seeds):+5.1f} points, "
               f"companions {effect('together', sharpness, 'together', seeds):+5.1f} points")
 blur = [invented("even-reduced", "random", seed) - invented("even-sharp", "random", seed) for seed in seeing]
 print(f"reduced images alone, even scenes, runs that see: {100 * sum(blur) / len(blur):+.1f} points")
