@@ -105,6 +105,14 @@ def check_saved(model: Llava, adapter: TokenizerAdapter, exam: exams.Exam, folde
     }
 
 
+def saved_note(saved: dict[str, float]) -> str:
+    """What `check_saved` found, in a sentence."""
+    return (
+        f"saved in the published layout; transformers' logits differ by at most "
+        f"{saved['largest difference, transformers']:.0e}, the largest being {saved['largest logit']:.0f}"
+    )
+
+
 def train(model, adapter, folder: Path, steps: int, setting: Setting) -> Stages:
     """Both stages, with `steps` in the second."""
     align, instruct = plans(setting)
@@ -180,6 +188,7 @@ def run(setting: Setting, *, cache: Path | None = None, keep_part: Callable[[dic
             "speed, memory and share of the peak are those of the second stage, minutes and dollars those of both",
             "random tower: the same training, seed and steps behind a tower that was never trained",
             f"{tokens:.0f} tokens a conversation are no padding; the share of the peak counts these alone",
+            saved_note(saved),
             *report.price_notes(setting.price),
         ),
         controls={"random tower": curves["random tower"]},

@@ -84,6 +84,24 @@ def test_the_stored_runs_of_a_laptop_show_what_the_chapter_says():
     assert mixed["relation"]["after"] < 0.7
 
 
+def test_the_stored_run_of_path_2_shows_what_the_chapter_says():
+    """It learned to see; while only the bridge learned the trained tower was ahead, in the end no longer."""
+    run = stored_run(2)
+    every = run.accuracy["all"]
+    assert every["before"] < 0.05 and every["after"] > 0.9 and every["random tower"] > 0.9
+    assert max(every[name] for name in ("blind", "swapped", "majority")) < 0.5
+    mine, other = dict(run.losses), dict(run.controls["random tower"])
+    assert mine.keys() == other.keys()
+    first_stage = [step for step in mine if 100 < step <= 200]
+    assert first_stage and all(mine[step] < 0.75 * other[step] for step in first_stage)
+    assert all(other[step] < 1.05 * mine[step] for step in mine if step > 600)
+
+
+def test_the_stored_run_of_path_1_says_that_its_weights_are_random():
+    run = stored_run(1)
+    assert "random" in run.notes[0] and run.numbers["parameters that learn"] > 3e8 and run.numbers["memory_gb"] < 86
+
+
 def test_the_command_keeps_what_it_found(tmp_path, monkeypatch, capsys):
     from vlm_course.finetune import choose
 
