@@ -705,7 +705,9 @@ simulation.first_frame()
 simulation
 
 # %% [markdown] covers=["4-simulation-1"]
-# Try the black image. The shipped model does not fall silent; it may write anything, since no training image was black. An empty ground, which looks like its world, gets answers of the right form and the wrong content. "Without the image" is not one condition.
+# ## Where it fails
+#
+# Instruction data teach the form of an answer along with its content. Where the picture gives no content, the form is left. Try the black image above. The shipped model does not fall silent; it may write anything, since no training image was black. An empty ground, which looks like its world, gets answers of the right form and the wrong content. "Without the image" is not one condition.
 
 # %% covers=["4-simulation-1"]
 for image in ("this image", "another scene's image", "an empty ground", "a black image"):

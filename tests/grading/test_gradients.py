@@ -32,3 +32,22 @@ def test_a_value_without_one_is_told(cut):
 
 def test_a_plain_number_is_left_to_the_comparison():
     assert isinstance(LocalAnswer(lambda logits: loss(logits).item(), driver=DRIVER).call((LOGITS,)), float)
+
+
+def test_one_argument_that_is_cut_off_is_named():
+    scale = torch.tensor(0.5)
+
+    def value(logits, scale):
+        return loss(logits * scale.item())
+
+    with pytest.raises(Failure) as caught:
+        LocalAnswer(value, driver=DRIVER).call((LOGITS, scale))
+    assert "cut off from argument 2" in caught.value.says
+    tensors = LocalAnswer(lambda logits, scale: loss(logits * scale), driver=DRIVER).call((LOGITS, scale))
+    assert torch.equal(tensors, loss(LOGITS * 0.5))
+
+
+def test_an_argument_that_changes_nothing_needs_no_gradient():
+    """Clipped by hand: above the limit the factor is a constant, and its gradient would be 0."""
+    clipped = LocalAnswer(lambda logits, scale: loss(logits * min(scale, torch.tensor(2.0))), driver=DRIVER)
+    assert torch.equal(clipped.call((LOGITS, torch.tensor(5.0))), loss(2 * LOGITS))

@@ -117,12 +117,16 @@ CONTRASTIVE_LOGITS = Exercise(
             "You applied a softmax: logits come before it, and the loss has its own.",
             lambda x, y, s: scaled(x, y, s).softmax(-1),
         ),
+        "factor cut off": Mistake(
+            "Your factor is cut off from logit_scale by .item() or float(): stay with tensors, or it is never learned.",
+            lambda x, y, s: scaled(x, y, s, lambda s: math.exp(min(s.item(), math.log(100)))),
+        ),
     },
     also_correct={
         "clipped after exp, at 100": lambda x, y, s: scaled(x, y, s, lambda s: s.exp().clamp(max=100)),
         "cosine_similarity": lambda x, y, s: (
             min(s.exp(), torch.tensor(100.0)) * F.cosine_similarity(x[:, None], y[None], dim=-1)
         ),
-        "einsum": lambda x, y, s: torch.einsum("ie,je->ij", unit(x), unit(y)) * math.exp(min(s.item(), math.log(100))),
+        "einsum": lambda x, y, s: torch.einsum("ie,je->ij", unit(x), unit(y)) * torch.clip(s, max=math.log(100)).exp(),
     },
 )
