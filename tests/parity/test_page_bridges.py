@@ -213,5 +213,6 @@ BRIDGES = {
 def test_it_compiles_without_a_graph_break(redraw, name):
     make, arguments = BRIDGES[name]
     bridge = redraw(make())
-    compiled = torch.compile(bridge, fullgraph=True, backend="eager")
+    # One graph a shape: with sizes as symbols, torch 2.11 cannot follow the check that N is a square.
+    compiled = torch.compile(bridge, fullgraph=True, dynamic=False, backend="eager")
     torch.testing.assert_close(compiled(*arguments), bridge(*arguments), **CLOSE)
