@@ -11,6 +11,7 @@ from vlm_course.build.costs import read_costs
 from vlm_course.build.course import Course
 from vlm_course.build.source import read_source
 from vlm_course.build.twins import twin_problems
+from vlm_course.grading.registry import exercises
 
 # A decimal number that stands alone: not a version, not part of a name.
 DECIMAL = re.compile(r"(?<!arXiv )(?<![\w.])(\d+)\.(\d+)(?:e[+-]?\d+)?(?![\w.]*\w)")
@@ -53,6 +54,30 @@ def test_cells_are_short(chapter):
     words = [len(cell.source.split()) for cell in cells if cell.cell_type == "markdown"]
     assert median(lines) <= 12
     assert 15 <= median(words) <= 60
+
+
+HEADING = re.compile(
+    r"^### (.+?) {1,2}· {1,2}(easy|medium|hard) {1,2}· {1,2}about (\d+) minutes {1,2}· {1,2}(\d+) points?", re.MULTILINE
+)
+HINT = re.compile(r"<details><summary>Hint (\d)</summary>(.+?)</details>", re.DOTALL)
+
+
+@CHAPTERS
+def test_every_exercise_is_announced_with_three_hints(chapter):
+    """Title, difficulty, minutes and points as its grader has them; the hints stand in the notebook alone."""
+    written, text = {e.name: e for e in exercises().values() if e.chapter == chapter.slug[:2]}, ""
+    for cell in read_source(chapter.source).cells:
+        name = cell.metadata.get("vlm_course", {}).get("exercise")
+        if cell.cell_type == "markdown":
+            text += cell.source + "\n"
+        elif name in written:
+            item, (*_, said) = written.pop(name), HEADING.finditer(text)
+            assert said.groups()[1:] == (item.difficulty, str(item.minutes), str(item.points)), name
+            hints = HINT.findall(text[said.end() :])
+            assert [number for number, _ in hints] == ["1", "2", "3"], name
+            assert len({hint for _, hint in hints}) == 3, name
+            text = ""
+    assert not written
 
 
 def long_decimals(text: str) -> list[str]:

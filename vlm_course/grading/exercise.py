@@ -96,7 +96,6 @@ class Exercise:
     difficulty: str
     minutes: int
     points: int
-    hints: tuple[str, str, str]
     attribute: str
     twin: str
     interface: Interface

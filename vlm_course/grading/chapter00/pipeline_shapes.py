@@ -57,11 +57,6 @@ PIPELINE_SHAPES = Exercise(
     difficulty="easy",
     minutes=10,
     points=3,
-    hints=(
-        "Follow one image: pixels, then one vector a patch, then vectors as wide as the language model, then text.",
-        "The bridge changes the width of each token, never their number; joining the text changes the number alone.",
-        "With n = (image_size // patch_size) ** 2: features (n, vision_dim), projected (n, llm_dim), and so on.",
-    ),
     attribute="pipeline_shapes",
     twin="vlm_course.costs:pipeline_shapes",
     interface=FunctionInterface(

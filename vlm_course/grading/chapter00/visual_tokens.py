@@ -48,11 +48,6 @@ VISUAL_TOKENS = Exercise(
     difficulty="easy",
     minutes=5,
     points=2,
-    hints=(
-        "The vision tower cuts the image into squares of patch_size x patch_size pixels. Each becomes one token.",
-        "Count how many whole squares fit along the height, and how many along the width. They need not be equal.",
-        "`height // patch_size` squares fit along the height. Multiply by the same count for the width.",
-    ),
     attribute="visual_tokens",
     twin="vlm_course.costs:visual_tokens",
     interface=FunctionInterface({"height": "integer", "width": "integer", "patch_size": "integer"}, "integer"),

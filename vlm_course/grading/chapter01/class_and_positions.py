@@ -51,11 +51,6 @@ CLASS_AND_POSITIONS = Exercise(
     difficulty="easy",
     minutes=10,
     points=3,
-    hints=(
-        "Two steps: put the class token before the patches of every image, then add the positions.",
-        "class_token.expand(B, 1, -1) gives every image its copy, [B, 1, D]; torch.cat joins along dim=1.",
-        "torch.cat([class_token.expand(len(patches), 1, -1), patches], dim=1) + positions",
-    ),
     attribute="add_class_and_positions",
     twin="vlm_course.vit:add_class_and_positions",
     interface=FunctionInterface(

@@ -52,11 +52,6 @@ CONTRASTIVE_LOGITS = Exercise(
     difficulty="medium",
     minutes=10,
     points=3,
-    hints=(
-        "A cosine is the dot product of two vectors of length 1. F.normalize(x, dim=-1) makes them so.",
-        "One matrix product gives all pairs: [B, E] x [E, B']. The scale is learned as a logarithm.",
-        "F.normalize both; logit_scale.clamp(max=log(100)).exp() * images @ captions.T",
-    ),
     attribute="contrastive_logits",
     twin="vlm_course.contrastive:contrastive_logits",
     interface=FunctionInterface(

@@ -52,11 +52,6 @@ CONTRASTIVE_LOSS = Exercise(
     difficulty="medium",
     minutes=10,
     points=3,
-    hints=(
-        "Each row is a choice: which of B captions belongs to this image? The right one is on the diagonal.",
-        "F.cross_entropy(logits, torch.arange(B)) does the rows. What does it do to logits.T?",
-        "(F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2",
-    ),
     attribute="contrastive_loss",
     twin="vlm_course.contrastive:contrastive_loss",
     interface=FunctionInterface(

@@ -48,11 +48,6 @@ PATCH_BUDGET = Exercise(
     difficulty="easy",
     minutes=8,
     points=2,
-    hints=(
-        "Count the patches along one side first; the image is square.",
-        "A patch of p x p pixels has p * p pixels and three values for each of them: red, green, blue.",
-        "values_per_number is values / width, a float: above 1, a linear map has to drop something.",
-    ),
     attribute="patch_budget",
     twin="vlm_course.encoders:patch_budget",
     interface=FunctionInterface(

@@ -71,11 +71,6 @@ PATCHIFY = Exercise(
     difficulty="medium",
     minutes=15,
     points=4,
-    hints=(
-        "Split the height into (rows of patches, rows in a patch), and the width likewise, with one reshape.",
-        "After the reshape the axes are [B, C, rows, p, columns, p]. Which order puts a patch's own axes last?",
-        "permute(0, 2, 4, 1, 3, 5), then reshape to [B, rows * columns, C * p * p].",
-    ),
     attribute="patchify",
     twin="vlm_course.patches:patchify",
     interface=FunctionInterface(

@@ -72,11 +72,6 @@ SELECT_FEATURES = Exercise(
     difficulty="medium",
     minutes=15,
     points=4,
-    hints=(
-        "states[layer] is already the right tensor for one layer: states[0] is what enters the first block.",
-        'The class token is token 0, along dimension 1. "default" drops it, "full" keeps it.',
-        "Make a list of layers in any case, torch.cat along dim=-1, then [:, 1:] for the default.",
-    ),
     attribute="select_features",
     twin="vlm_course.vit:select_features",
     interface=FunctionInterface(

@@ -58,11 +58,6 @@ VIT_FLOPS = Exercise(
     difficulty="medium",
     minutes=15,
     points=3,
-    hints=(
-        "A linear map of N tokens from a to b numbers takes 2 * N * a * b operations: a multiply-add is two.",
-        "A block has six linear maps: query, key, value and output (D to D), and two of the feed-forward net.",
-        "Attention: N * N scores of D products each, over all heads together; the weighted sum takes as many again.",
-    ),
     attribute="vit_flops",
     twin="vlm_course.encoders:vit_flops",
     interface=FunctionInterface(

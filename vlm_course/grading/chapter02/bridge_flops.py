@@ -50,11 +50,6 @@ BRIDGE_FLOPS = Exercise(
     difficulty="medium",
     minutes=10,
     points=2,
-    hints=(
-        "For one token, a linear map from n_in to n_out multiplies and adds once for each of its weights.",
-        "A multiplication and an addition are two operations, and every token goes through the layer.",
-        "Linear: 2 * tokens * vision_dim * llm_dim. The MLP does that, and 2 * tokens * llm_dim * llm_dim more.",
-    ),
     attribute="bridge_flops",
     twin="vlm_course.costs:bridge_flops",
     interface=FunctionInterface(

@@ -95,11 +95,6 @@ PERCEIVER_RESAMPLER = Exercise(
     difficulty="hard",
     minutes=45,
     points=5,
-    hints=(
-        "The latents are an nn.Parameter of shape [queries, dim]: one copy for each image of the batch, by expand.",
-        "Queries come from the normed latents; keys and values from the normed media followed by the normed latents.",
-        "latents = latents + to_out(attention), then latents + feed_forward(latents); a LayerNorm at the end.",
-    ),
     attribute="PerceiverResampler",
     twin="vlm_course.bridges:PerceiverResampler",
     forbidden=("vlm_course.bridges:PerceiverLayer",),

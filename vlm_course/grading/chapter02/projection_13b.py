@@ -40,11 +40,6 @@ VISION_PROJECTION_13B = Exercise(
     difficulty="easy",
     minutes=5,
     points=2,
-    hints=(
-        "The vision tower is the same, CLIP ViT-L/14. What differs between Vicuna-7B and Vicuna-13B?",
-        "The bridge ends where word embeddings live. Look up the width of the 13B model's embedding table.",
-        "The embedding table of Vicuna-13B is 32000 x 5120, so the bridge goes from 1024 to 5120.",
-    ),
     attribute="build_projection_13b",
     twin="vlm_course.costs:build_projection_13b",
     interface=ModuleInterface(

@@ -39,11 +39,6 @@ PROJECTION_PARAMETERS = Exercise(
     difficulty="easy",
     minutes=10,
     points=3,
-    hints=(
-        "nn.Linear(n_in, n_out) holds a weight for each pair of input and output, and a bias for each output.",
-        "GELU has no parameters. The two linear maps are vision_dim to llm_dim and llm_dim to llm_dim.",
-        "First layer: vision_dim * llm_dim + llm_dim. The second is the same with llm_dim in both places.",
-    ),
     attribute="projection_parameters",
     twin="vlm_course.costs:projection_parameters",
     interface=FunctionInterface({"vision_dim": "integer", "llm_dim": "integer"}, "integer"),

@@ -34,11 +34,6 @@ PROJECTION_SHARE = Exercise(
     difficulty="easy",
     minutes=5,
     points=2,
-    hints=(
-        "You know how many parameters the bridge has; llm_parameters says how many the language model has.",
-        "The answer is a fraction such as 0.0031, not a percentage.",
-        "Divide the result of projection_parameters(vision_dim, llm_dim) by llm_parameters.",
-    ),
     attribute="projection_share",
     twin="vlm_course.costs:projection_share",
     interface=FunctionInterface(

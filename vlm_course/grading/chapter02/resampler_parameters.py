@@ -54,11 +54,6 @@ RESAMPLER_PARAMETERS = Exercise(
     difficulty="medium",
     minutes=15,
     points=3,
-    hints=(
-        "What is new: the latents, then in each layer the attention, its two norms and the feed-forward net.",
-        "Attention has four maps without biases between dim and heads * head_dim. A LayerNorm has 2 * dim parameters.",
-        "Each layer: three LayerNorms, 4 * dim * heads * head_dim, and 2 * mlp_ratio * dim * dim. One more at the end.",
-    ),
     attribute="resampler_parameters",
     twin="vlm_course.costs:resampler_parameters",
     interface=FunctionInterface(dict.fromkeys(NAMES, "integer"), "integer"),

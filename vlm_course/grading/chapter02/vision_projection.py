@@ -150,11 +150,6 @@ VISION_PROJECTION = Exercise(
     difficulty="easy",
     minutes=15,
     points=4,
-    hints=(
-        "Three layers in a row: a linear map, an activation, a linear map. nn.Sequential runs them in order.",
-        "The first linear map goes from vision_dim to llm_dim. Which width does the second start from?",
-        "nn.Linear(vision_dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim), all with their biases.",
-    ),
     attribute="VisionProjection",
     twin="vlm_course.bridges:VisionProjection",
     interface=INTERFACE,

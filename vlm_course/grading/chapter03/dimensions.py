@@ -60,11 +60,6 @@ CROSS_ATTENTION_PARAMETERS = Exercise(
     difficulty="easy",
     minutes=10,
     points=3,
-    hints=(
-        "Queries are made from the text, keys and values from the vision side; all are heads * head_dim wide.",
-        "W_Q: text_dim x (heads * head_dim). W_K and W_V: media_dim x (heads * head_dim). What does W_O map to what?",
-        "W_O goes back: (heads * head_dim) x text_dim. Add all four; there are no biases.",
-    ),
     attribute="cross_attention_parameters",
     twin="vlm_course.flamingo:cross_attention_parameters",
     interface=FunctionInterface(dict.fromkeys(NAMES, "integer"), "integer"),
@@ -117,11 +112,6 @@ GATED_BLOCK_PARAMETERS = Exercise(
     difficulty="easy",
     minutes=10,
     points=2,
-    hints=(
-        "Beside the attention there is a feed-forward net, and each of the two halves has a LayerNorm and a gate.",
-        "The feed-forward net widens the text four times and narrows it again: two matrices, no biases.",
-        "cross_attention_parameters(...) + 2 * 4 * text_dim**2 + 2 LayerNorms of 2 * text_dim + 2 gates.",
-    ),
     attribute="gated_block_parameters",
     twin="vlm_course.flamingo:gated_block_parameters",
     interface=FunctionInterface(dict.fromkeys(NAMES, "integer"), "integer"),

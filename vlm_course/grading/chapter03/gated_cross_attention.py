@@ -96,11 +96,6 @@ GATED_CROSS_ATTENTION = Exercise(
     difficulty="hard",
     minutes=35,
     points=5,
-    hints=(
-        "Queries come from the normed text, keys and values from the media, flattened to [B, I * M, D_media].",
-        "media_attention_mask(mask, M) makes [B, 1, T, I * M] of the mask, and attend(q, k, v, mask=...) reads.",
-        "text = text + attention_gate.tanh() * read, then text + feed_forward_gate.tanh() * feed_forward(text).",
-    ),
     attribute="GatedCrossAttention",
     twin="vlm_course.fusion:GatedCrossAttention",
     interface=ModuleInterface(

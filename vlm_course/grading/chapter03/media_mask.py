@@ -115,11 +115,6 @@ MEDIA_MASK = Exercise(
     difficulty="medium",
     minutes=15,
     points=3,
-    hints=(
-        "How many images stand at or before a token? A running sum over ids == image_id tells: [B, T].",
-        "Image number k (from 1) is read by the tokens whose count is exactly k. Count 0 reads nothing.",
-        "Compare counts[:, :, None] with torch.arange(1, n_images + 1): equal, not greater.",
-    ),
     attribute="media_mask",
     twin="vlm_course.fusion:media_mask",
     interface=FunctionInterface(

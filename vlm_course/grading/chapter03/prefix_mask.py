@@ -113,11 +113,6 @@ PREFIX_MASK = Exercise(
     difficulty="medium",
     minutes=15,
     points=3,
-    hints=(
-        "Start from the causal mask: key <= query. What may a query see beyond that?",
-        "Every key of the prefix may be seen by every query, also by an earlier one. That is a statement about keys.",
-        "causal | (torch.arange(length) < lengths[:, None])[:, None, None, :]: the last axis is the keys'.",
-    ),
     attribute="prefix_mask",
     twin="vlm_course.attention:prefix_mask",
     interface=FunctionInterface(

@@ -126,11 +126,6 @@ SPLICE = Exercise(
     difficulty="medium",
     minutes=15,
     points=3,
-    hints=(
-        "ids == image_id marks the placeholders: [B, T]. Every other token keeps its embedding.",
-        "Features come image after image; placeholders row after row. The k-th placeholder takes the k-th feature.",
-        "Copy the embeddings, then assign through the mask: out[ids == image_id] = features, flattened to [n * M, D].",
-    ),
     attribute="splice_image_features",
     twin="vlm_course.fusion:splice_image_features",
     interface=FunctionInterface(

@@ -26,11 +26,6 @@ ANSWER_WEIGHTS = Exercise(
     difficulty="easy",
     minutes=10,
     points=2,
-    hints=(
-        "Write the batch loss as one sum over all response tokens, divided by their number.",
-        "A conversation's own mean loss times its length is its part of that sum.",
-        "The weight is its number of response tokens over the number in the whole batch.",
-    ),
     attribute="answer_weights",
     twin="vlm_course.loss:answer_weights",
     interface=FunctionInterface({"lengths": "list of response tokens, one a conversation"}, "list of weights"),

@@ -24,11 +24,6 @@ DIVISION_FACTOR = Exercise(
     difficulty="easy",
     minutes=5,
     points=1,
-    hints=(
-        "Write both losses: the same sum, once over N and once over T. Divide the first by the second.",
-        "N counts every token of the sequence, those of the response included.",
-        "The sum cancels: T / N with N = context_tokens + response_tokens.",
-    ),
     attribute="division_factor",
     twin="vlm_course.loss:division_factor",
     interface=FunctionInterface({"context_tokens": "integer", "response_tokens": "integer"}, "number"),

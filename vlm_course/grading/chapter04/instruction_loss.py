@@ -39,11 +39,6 @@ INSTRUCTION_LOSS = Exercise(
     difficulty="easy",
     minutes=10,
     points=3,
-    hints=(
-        "Without a mask the loss is the mean of -log P over all tokens. Which tokens is the model meant to produce?",
-        "Multiply every log-probability by m_i, 1 in the response and 0 elsewhere, before you sum.",
-        "Divide by how many tokens are left, mask.sum(), not by len(mask).",
-    ),
     attribute="instruction_loss",
     twin="vlm_course.loss:instruction_loss",
     interface=FunctionInterface(

@@ -120,11 +120,6 @@ PACK_ROW = Exercise(
     difficulty="hard",
     minutes=20,
     points=5,
-    hints=(
-        "Four lists grow together: one entry each for every token. Go document by document.",
-        "The loss shifts: the label at the first place of a document is scored on the last token of the one before.",
-        "labels: [-100, *labels[1:]]; document number: [number] * len(ids); positions: range(len(ids)).",
-    ),
     attribute="pack_row",
     twin="vlm_course.packed:pack_row",
     interface=FunctionInterface(

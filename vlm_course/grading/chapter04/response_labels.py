@@ -102,11 +102,6 @@ RESPONSE_LABELS = Exercise(
     difficulty="medium",
     minutes=10,
     points=3,
-    hints=(
-        "Go through the tokens one by one: its label is its own id if it belongs to a response, else -100.",
-        "A tokenizer may glue the space before an answer to its first word, so that token begins before the span.",
-        "Two stretches share a character exactly when each starts before the other ends: start < last and end > first.",
-    ),
     attribute="response_labels",
     twin="vlm_course.chat:response_labels",
     interface=FunctionInterface(

@@ -100,12 +100,6 @@ RESPONSE_LOSS = Exercise(
     difficulty="medium",
     minutes=15,
     points=4,
-    hints=(
-        "The logits at position t are a guess about token t + 1. The last logits guess about nothing we have.",
-        "So compare logits[:, :-1] with labels[:, 1:], both flattened: [B * (T - 1), V] and [B * (T - 1)].",
-        'F.cross_entropy(..., ignore_index=ignore, reduction="sum"), divided by the number of targets that are not '
-        "ignore, or by count where one is given.",
-    ),
     attribute="response_loss",
     twin="vlm_course.loss:response_loss",
     interface=FunctionInterface(

@@ -137,12 +137,6 @@ VICUNA_PROMPT = Exercise(
     difficulty="medium",
     minutes=15,
     points=4,
-    hints=(
-        "Grow one string from left to right; len(text) is always the place of the next character.",
-        "Only the first question gets <image> and a line end in front, and only if image is true. A turn without an "
-        "answer ends at the colon.",
-        'Write the space, remember start = len(text), then add answer + "</s>" and append (start, len(text)).',
-    ),
     attribute="vicuna_prompt",
     twin="vlm_course.chat:vicuna_prompt",
     interface=FunctionInterface(

@@ -147,11 +147,6 @@ GREEDY_CACHED = Exercise(
     difficulty="medium",
     minutes=20,
     points=4,
-    hints=(
-        "Before the loop: an empty PlainKVCache() and the prompt's embeddings, model.embed(ids, pixels).",
-        "model.decoder(embeds, cache=cache) reads only what you hand over and finds the rest in the cache.",
-        "At the end of a step embeds = model.decoder.embed(token), [1, 1, D]: the next pass reads one token.",
-    ),
     attribute="greedy_cached",
     twin="vlm_course.plain:greedy_cached",
     forbidden=(

@@ -68,11 +68,6 @@ GREEDY_DECODE = Exercise(
     difficulty="easy",
     minutes=15,
     points=3,
-    hints=(
-        "A loop: run the model, take the best token of the last position, put it behind the ids, run again.",
-        "logits[:, -1].argmax(dim=-1, keepdim=True) is [1, 1], ready for torch.cat along dim 1.",
-        "Leave the loop when the new token is eos_id, after appending it. Return only what came behind the prompt.",
-    ),
     attribute="greedy_decode",
     twin="vlm_course.plain:greedy_decode",
     forbidden=("vlm_course.generation:generate", "vlm_course.generation:greedy_generate"),

@@ -154,11 +154,6 @@ PLAIN_KV_CACHE = Exercise(
     difficulty="medium",
     minutes=15,
     points=3,
-    hints=(
-        "A dictionary from the layer's number to its pair of keys and values, made in __init__, is all that you need.",
-        "Keys are [B, H, T, d], so tokens are dimension 2: old ones first, then the new ones.",
-        "length is the number of tokens of any one layer, and 0 as long as nothing is stored.",
-    ),
     attribute="PlainKVCache",
     twin="vlm_course.plain:PlainKVCache",
     forbidden=("vlm_course.decoder:KVCache",),

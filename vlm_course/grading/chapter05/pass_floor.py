@@ -44,11 +44,6 @@ PASS_FLOOR = Exercise(
     difficulty="easy",
     minutes=10,
     points=2,
-    hints=(
-        "Two things take time: multiplying every weight with every token, and fetching every weight from memory once.",
-        "A multiply-add is two operations, a 16-bit weight two bytes. Both happen at once, so the slower one counts.",
-        "1000 * max(2 * weights * tokens / peak_flops, 2 * weights / bandwidth)",
-    ),
     attribute="pass_floor_ms",
     twin="vlm_course.gpu_times:pass_floor_ms",
     interface=FunctionInterface(

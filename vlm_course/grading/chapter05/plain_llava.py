@@ -207,11 +207,6 @@ PLAIN_LLAVA = Exercise(
     difficulty="medium",
     minutes=25,
     points=5,
-    hints=(
-        "Three parts in __init__: VisionTransformer(config.vision), VisionProjection(...), Decoder(config.text).",
-        "embed: patch features of config.feature_layer, over the bridge, then splice_image_features into the words.",
-        "forward: the mask is padding_mask(attention_mask) & causal_mask(ids.shape[1]); without padding, none at all.",
-    ),
     attribute="PlainLlava",
     twin="vlm_course.plain:PlainLlava",
     forbidden=("vlm_course.llava:Llava",),

@@ -72,11 +72,6 @@ LORA_BUDGET = Exercise(
     difficulty="easy",
     minutes=15,
     points=3,
-    hints=(
-        "A map from i to o numbers has i * o weights; its A has rank * i, its B has o * rank.",
-        "A block has seven maps: two width-width, two width-kv_width, three between width and mlp_width.",
-        "AdamW keeps a mean and a mean square in float32, 8 bytes for each parameter that learns, and none for others.",
-    ),
     attribute="lora_budget",
     twin="vlm_course.finetune.lora:lora_budget",
     interface=FunctionInterface(

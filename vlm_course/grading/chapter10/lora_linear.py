@@ -108,11 +108,6 @@ LORA_LINEAR = Exercise(
     difficulty="medium",
     minutes=25,
     points=5,
-    hints=(
-        "Freeze the base: requires_grad_(False). A [rank, in] and B [out, rank] are nn.Parameter; B starts at zero.",
-        "F.linear(x, matrix) computes x @ matrix.T: first through A, then through B, added to base(x).",
-        "self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)",
-    ),
     attribute="LoRALinear",
     twin="vlm_course.finetune.lora:LoRALinear",
     interface=FunctionInterface(

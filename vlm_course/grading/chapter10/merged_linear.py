@@ -123,11 +123,6 @@ MERGED_LINEAR = Exercise(
     difficulty="easy",
     minutes=10,
     points=3,
-    hints=(
-        "W x + scale * B A x is (W + scale * B A) x: one matrix.",
-        "copy.deepcopy(layer.base) is an nn.Linear with weight and bias that you may change; the given layer stays.",
-        "merged.weight += layer.scale * (layer.lora_b @ layer.lora_a)",
-    ),
     attribute="merged_linear",
     twin="vlm_course.finetune.lora:merged_linear",
     forbidden=("vlm_course.finetune.lora:merge_lora",),
