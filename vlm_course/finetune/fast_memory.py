@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vlm_course.decoder import DecoderConfig
 
-SPARE = 6e9  # bytes left alone: the widest gradients of one block, the head's part of the logits, fragments
+SPARE = 6e9  # bytes left alone at least: the head's part of the logits, fragments
+WIDEST = 14  # or so many arrays of the widest layer: gradients of a block, copies in float32
 
 
 def kept_per_token(text: DecoderConfig, kinds: Mapping[str, str], *, rank: int = 0, item: int = 2) -> int:
@@ -38,7 +39,8 @@ def blocks_again(
     free -= sum(p.numel() * p.element_size() for p in learning if p.grad is None and not p._post_accumulate_grad_hooks)
     kinds = {name: m.kind for name, m in maps.items()}
     each = kept_per_token(text, kinds, rank=_rank(learning, kinds)) * tokens
-    fit = int((free - SPARE) // each)
+    spare = max(SPARE, WIDEST * 2 * 2 * text.mlp_width * tokens)  # gate and up in 16 bits
+    fit = int((free - spare) // each)
     return min(text.layers, max(0, text.layers - fit))
 
 
