@@ -544,13 +544,14 @@ if two:
     figure, axis = figures.axes(width=5.6, height=2.2)
     axis.plot(*zip(*two.losses, strict=True), color=figures.TEXT, label="trained tower")
     axis.plot(*zip(*random_tower, strict=True), color=figures.VISION, label="random tower")
-    axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log", yticks=[0.25, 0.5, 1, 2], yticklabels=["0.25", "0.5", "1", "2"])
+    axis.minorticks_off()
     axis.legend()
     ahead = [step for (step, mine), (_, other) in zip(two.losses, random_tower, strict=True) if mine < other]
     at = {step: (mine, other) for (step, mine), (_, other) in zip(two.losses, random_tower, strict=True)}
     last = max(step for step in at if step <= 200)
     figures.show(figure, f"Loss of both trainings. At step {last}, before the end of the first stage, the trained tower's "
-                         f"is {at[last][0]:.2f} and the random tower's {at[last][1]:.2f}; both jump where the second stage begins, and "
+                         f"is {at[last][0]:.2f} and the random tower's {at[last][1]:.2f}; both jump where the second stage brings new kinds of question, and "
                          f"from step {ahead[-1]} on the random tower's is no longer the higher one.")
 
 # %% [markdown]

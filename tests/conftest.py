@@ -32,3 +32,16 @@ def redraw():
         return module.eval()
 
     return redraw
+
+
+@pytest.fixture
+def in_one_graph():
+    """torch.compile that raises where Python would look at a value, and that remembers no other test: the compiler
+    counts recompilations by function, and all checked functions are one to it."""
+    torch._dynamo.reset()
+
+    def compiled(function, **options):
+        return torch.compile(function, fullgraph=True, backend="eager", **options)
+
+    yield compiled
+    torch._dynamo.reset()

@@ -210,9 +210,9 @@ BRIDGES = {
 
 @pytest.mark.parametrize("name", BRIDGES)
 @torch.no_grad()
-def test_it_compiles_without_a_graph_break(redraw, name):
+def test_it_compiles_without_a_graph_break(redraw, in_one_graph, name):
     make, arguments = BRIDGES[name]
     bridge = redraw(make())
     # One graph a shape: with sizes as symbols, torch 2.11 cannot follow the check that N is a square.
-    compiled = torch.compile(bridge, fullgraph=True, dynamic=False, backend="eager")
+    compiled = in_one_graph(bridge, dynamic=False)
     torch.testing.assert_close(compiled(*arguments), bridge(*arguments), **CLOSE)

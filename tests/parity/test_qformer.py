@@ -139,10 +139,10 @@ def test_the_default_has_the_published_size():
 
 
 @torch.no_grad()
-def test_it_compiles_without_a_graph_break():
+def test_it_compiles_without_a_graph_break(in_one_graph):
     bridge = QFormer(**SIZES, vocab_size=30, max_length=12).eval()
     features, ids, mask = torch.randn(2, 6, 20), torch.randint(0, 30, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
-    compiled = torch.compile(bridge, fullgraph=True, backend="eager")
+    compiled = in_one_graph(bridge)
     torch.testing.assert_close(compiled(features, ids, mask), bridge(features, ids, mask), **CLOSE)
 
 

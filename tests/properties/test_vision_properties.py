@@ -195,12 +195,12 @@ def test_a_new_model_starts_quiet():
 
 
 @torch.no_grad()
-def test_the_towers_compile_without_a_graph_break():
+def test_the_towers_compile_without_a_graph_break(in_one_graph):
     model = ContrastiveModel(tower(), text_tower(), embed_dim=6).eval()
     pixels, ids = torch.randn(2, 3, 8, 12), torch.tensor([[1, 5, 2], [1, 6, 2]])
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = in_one_graph(model)
     torch.testing.assert_close(compiled(pixels, ids), model(pixels, ids), **CLOSE)
-    bridge = torch.compile(PerceiverResampler(dim=8, queries=3), fullgraph=True, backend="eager")
+    bridge = in_one_graph(PerceiverResampler(dim=8, queries=3))
     assert bridge(model.vision.patch_features(pixels)).shape == (2, 3, 8)
 
 

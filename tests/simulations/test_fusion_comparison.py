@@ -51,8 +51,18 @@ def test_every_strategy_has_its_own_sequence(experiment):
 def test_the_best_head_looks_at_the_object_more_than_the_mean(experiment):
     mean, best = (experiment.read("early", 2, heads=heads) for heads in ("mean", "best"))
     assert (best.looks[-1][best.inside].sum() >= mean.looks[-1][mean.inside].sum()).item()
+    assert mean.on_others is None and 0 < best.on_others <= 1
     with pytest.raises(ValueError, match="heads is 'all', expected 'mean' or 'best'"):
         experiment.read("early", 0, heads="all")
+
+
+def test_the_control_of_the_best_head_chooses_anew_for_each_other_object(experiment):
+    """With one head for every patch, each of which looks nowhere else, every object has its perfect head."""
+    assert experiment._best_on_others(torch.eye(144), 0) > 0.99
+    spread = torch.full((1, 144), 1 / 144)
+    others = [n for n in experiment.scenes.present[0].nonzero()[:, 0].tolist() if n != experiment.target[0]]
+    areas = [experiment.object_patches(0, slot).float().mean().item() for slot in others]
+    assert experiment._best_on_others(spread, 0) == pytest.approx(sum(areas) / len(areas))
 
 
 def test_the_patches_of_an_object_lie_where_it_is(experiment):

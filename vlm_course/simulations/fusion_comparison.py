@@ -50,6 +50,7 @@ class Reading:
     words: str  # the question
     says: str  # the model's answer
     true: str
+    on_others: float | None = None  # of "best" heads: what the best head for another object has on that one, on average
 
     @property
     def on_images(self) -> float:
@@ -99,9 +100,10 @@ class FusionExperiment:
         with torch.no_grad():
             self.patches = tower.patch_features(self.pixels, layer=layer)
 
-    def object_patches(self, scene: int) -> Tensor:
-        """Patches whose middle lies in the object asked about: [N] bool."""
-        config, slot = self.small.model.config.vision, self.target[scene]
+    def object_patches(self, scene: int, slot: int | None = None) -> Tensor:
+        """Patches whose middle lies in the object asked about, or in that of `slot`: [N] bool."""
+        config = self.small.model.config.vision
+        slot = self.target[scene] if slot is None else slot
         place = torch.arange(config.n_patches)
         middle = (torch.stack([place % config.grid[1], place // config.grid[1]], -1) + 0.5) * config.patch_size
         far = (middle - self.scenes.centre[scene, slot]).abs().amax(-1)
@@ -144,15 +146,30 @@ class FusionExperiment:
                 own = maps["bridge.resampler.layers.0"][0].mean(0)[:, : patches.shape[1]]  # [M, N]
                 seen = seen @ (own / own.sum(-1, keepdim=True))
             looks = seen.unflatten(-1, (len(patches), -1))  # [L*H, n_images, N]
+        others = None
         if heads == "mean":
             attention, looks = every.mean(0), looks.mean(0)
         else:
+            others = self._best_on_others(looks[:, -1], scene)
             best = looks[:, -1, inside].sum(-1).argmax()
             attention, looks = every[best], looks[best]
         says = self.small.tokenizer.decode(out[0, -1:].argmax(-1), skip_special=False)
         return Reading(
-            strategy, ids[0], mask, attention, looks, inside, self.questions[scene], says, self.answers[scene]
+            strategy, ids[0], mask, attention, looks, inside, self.questions[scene], says, self.answers[scene], others
         )
+
+    def _best_on_others(self, looks: Tensor, scene: int) -> float:
+        """The control of "best": looks [heads, N], the head chosen anew for each object that is not asked about.
+
+        Among many heads one looks at any place; only what the asked object has beyond this is for its sake.
+        """
+        shares = []
+        for slot in self.scenes.present[scene].nonzero()[:, 0].tolist():
+            inside = self.object_patches(scene, slot)
+            if slot != self.target[scene] and inside.any():
+                head = looks[looks[:, inside].sum(-1).argmax()]
+                shares.append((head[inside].sum() / head.sum().clamp(min=1e-9)).item())
+        return sum(shares) / len(shares)
 
 
 def fusion_simulation(experiment: FusionExperiment, *, strategy: str = "early", scene: int = 0) -> Simulation:
@@ -238,12 +255,15 @@ def _text(experiment: FusionExperiment, reading: Reading, heads: str) -> str:
             f" ({reading.looks[0].sum():.0%} to the image before, {reading.looks[1].sum():.0%} to the one asked about)"
         )
     of = "cross-attention (it has no text to read)" if outside else "attention"
+    control = ""
+    if reading.on_others is not None:
+        control = f"\nThe other objects, each with the head that looks at it most: {reading.on_others:.0%} on average."
     return (
         f"{WORDS[reading.strategy]}: {len(reading.ids)} places in the sequence, {visual} of them {places}; {pairs}.\n"
         f'"{reading.words}" The model says: {reading.says}. True: {reading.true}.\n'
         f"The answering token, {which}: {reading.on_images:.0%} of its {of} goes to images{first}.\n"
         f"Of its attention to this image {reading.on_object:.0%} is on the object asked about, "
-        f"which covers {reading.object_area:.0%}."
+        f"which covers {reading.object_area:.0%}.{control}"
     )
 
 

@@ -220,14 +220,19 @@ def _draw_flops(ax, usual: Cut, cut: Cut) -> None:
     ax.legend(loc="upper left", ncols=2, handlelength=1, columnspacing=0.8)
 
 
+def _times(ratio: float) -> str:
+    """16 times, 0.25 times, or 1/13,000 where a decimal would be unreadable."""
+    return f"{ratio:.3g} times" if ratio >= 0.01 else f"1/{float(f'{1 / ratio:.2g}'):,.0f}"
+
+
 def _text(picture: Image.Image, usual: Cut, cut: Cut, error: float) -> str:
     now, before = cut.flops, usual.flops
     times = [cut.tokens / usual.tokens, cut.entries / usual.entries, sum(now) / sum(before)]
     lines = [
         f"{cut.image_size} px in patches of {cut.patch_size}: {cut.patches:,} patches, {cut.tokens:,} tokens "
         f"with the class token, {cut.entries:,} score entries for each head and layer.",
-        f"Against 336 px and 14: tokens {times[0]:.3g} times, score entries {times[1]:.3g} times, "
-        f"operations of the whole encoder {times[2]:.3g} times.",
+        f"Against 336 px and 14: tokens {_times(times[0])}, score entries {_times(times[1])}, "
+        f"operations of the whole encoder {_times(times[2])}.",
         f"Attention between tokens: {now[2] / sum(now):.1%} of them (at 336 px and 14: {before[2] / sum(before):.1%}). "
         f"The linear maps grow with the tokens alone.",
     ]
