@@ -108,15 +108,18 @@ def _profile(step: Callable) -> list[list]:
     return [[name, round(ms, 3), count] for name, ms, count in sorted(rows, key=lambda row: -row[1])[:31] if ms > 0]
 
 
+def _found(rows: int, seconds: float, share: float) -> dict:
+    """What a peer's step is reported by."""
+    found = {"samples_per_s": rows / seconds, "of_peak": share, "ms": 1e3 * seconds, "rows": rows}
+    return found | {"memory_GB": _memory()}
+
+
 def _peer(config: LlavaConfig, mode: str, rows: int, words: int, floors: Floors, settings: str) -> dict:
     batch, tuned = one_batch(config, rows, words), settings == "tuned"
     on, _ = finetune_peers.trainer(config, mode, checkpointing=mode == "full" or not tuned, compiled=tuned)
     seconds = median_seconds(on(batch.ids, batch.pixels, batch.labels))
     flops = step_flops(config, mode, rows, batch.ids.shape[1])
-    return {
-        "samples_per_s": rows / seconds, "of_peak": floors.share(flops, seconds), "ms": 1e3 * seconds, "rows": rows,
-        "memory_GB": _memory(),
-    }  # fmt: skip
+    return _found(rows, seconds, floors.share(flops, seconds))
 
 
 def _stage(run, floors: Floors, mode: str, words: int, variants: dict[str, dict], peer_rows: dict[str, int]) -> None:
@@ -181,10 +184,7 @@ def _small_peer(floors: Floors, settings: str, rows: int = 256, words: int = 79)
     on, _ = finetune_peers.small_trainer(SMALL_222M, compiled=settings == "tuned")
     seconds = median_seconds(on(batch.ids, batch.pixels, batch.labels))
     flops = step_flops(SMALL_222M, "all", rows, batch.ids.shape[1])
-    return {
-        "samples_per_s": rows / seconds, "of_peak": floors.share(flops, seconds), "ms": 1e3 * seconds, "rows": rows,
-        "memory_GB": _memory(),
-    }  # fmt: skip
+    return _found(rows, seconds, floors.share(flops, seconds))
 
 
 def curve(run, floors: Floors) -> None:

@@ -3,9 +3,10 @@
 What it does, each switched off where it does not apply: weights with one input side by side and multiplied once; the
 head, and the last block's queries and MLP, only where an answer is learned; no logits beyond a part of them; adapters
 in few products; packed documents by variable-length attention; blocks compiled once for all layers; blocks computed
-again in the backward pass only as many as memory asks for; frozen parts without a graph; nothing in a step waits for
-the device. The model's own modules, parameter names and forward stay as they are, so optimizers, checkpoints and
-evaluation know nothing of it. Tried and left out: the tower as one CUDA graph (1.00 times as fast, one H100).
+again in the backward pass only as many as memory asks for; frozen parts without a graph; a batch that knows its sizes
+makes no step wait for the device. The model's own modules, parameter names and forward stay as they are, so optimizers,
+checkpoints and evaluation know nothing of it. Tried and left out: the tower as one CUDA graph (1.00 times as fast, one
+H100).
 """
 
 from __future__ import annotations
